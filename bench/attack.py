@@ -1,0 +1,247 @@
+"""Attacks: their signature, and the counting target that they see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from assay.card import Handle
+from assay.defense import Defense
+from assay.errors import DefenseError, ThreatViolation
+from assay.noise import Noise
+from assay.threat import ThreatModel
+
+Loss = Callable[..., Tensor]
+"""`loss(logits (n, k), *labels (n, …)) -> (n,)`, to be increased."""
+Forward = Callable[[Tensor, Noise], Tensor]
+"""One differentiable draw: `(x, noise) -> logits (n, k)`."""
+
+
+class Attack(Protocol):
+    """A pure function from correctly formed images to candidates.
+
+    `x (n, c, h, w)` in [0, 1], `y (n,)` int64, `noise` of n rows; returns `x_adv`, shaped like x,
+    inside the threat model's ball. No global RNG, no mode changes, no hooks left behind. Whether
+    a candidate counts is for the harness to decide.
+    """
+
+    def __call__(
+        self, target: Target, x: Tensor, y: Tensor, threat: ThreatModel, noise: Noise, **options: Any
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class AttackSpec:
+    """What the registry knows of an attack.
+
+    Attributes:
+        name: the registry's name.
+        summary: one sentence.
+        attack: the function.
+        handles: handles without which it can't run.
+        black_box: it uses logits only.
+        deterministic_only: it draws wrong conclusions from a target that answers at random.
+        min_classes: the fewest classes it is defined for.
+    """
+
+    name: str
+    summary: str
+    attack: Attack
+    handles: tuple[Handle, ...] = ()
+    black_box: bool = False
+    deterministic_only: bool = False
+    min_classes: int = 2
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A loss, its gradient and the logits that gave them.
+
+    Attributes:
+        loss: `(n,)`, the mean over draws (or the loss of the mean answer where the defense votes).
+        gradient: `(n, c, h, w)` of `loss`.
+        logits: `(n, draws, k)`, detached.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    logits: Tensor
+
+
+@dataclass
+class Calls:
+    """Samples passed forward and backward, per slot of the batch: `(slots,)` int64 each."""
+
+    forward: Tensor
+    backward: Tensor
+
+
+class Target:
+    """A defense as an attack sees it: logits, gradients, handles; counted, chunked, guarded.
+
+    Args:
+        defense: in evaluation mode, parameters frozen.
+        slots: the number of samples in the batch that the noise's slots refer to.
+        white_box: False refuses gradients and handles.
+        rows: the most rows in one network call; by default set from the image's size. A call that
+            does not fit in memory is halved, and the smaller size is kept.
+        on_calls: told the number of sample-forwards after each call, for progress bars.
+    """
+
+    def __init__(
+        self,
+        defense: Defense,
+        slots: int,
+        *,
+        white_box: bool = True,
+        rows: int | None = None,
+        on_calls: Callable[[int], None] | None = None,
+    ) -> None:
+        self.defense = defense
+        self.card = defense.card
+        self.n_classes = defense.n_classes
+        self.white_box = white_box
+        self.calls = Calls(torch.zeros(slots, dtype=torch.int64), torch.zeros(slots, dtype=torch.int64))
+        self._rows = rows
+        self._on_calls = on_calls
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether answers depend on the noise, as the card declares."""
+        return self.card.traits.stochastic
+
+    def handle(self, name: Handle) -> Any:
+        """The defense's method for a handle, such as `chain`.
+
+        Raises:
+            ThreatViolation: in a black box, or for a handle that the card does not list.
+        """
+        if not self.white_box:
+            raise ThreatViolation(f"a black-box attack may not use the {name!r} handle.")
+        if name not in self.card.handles:
+            raise ThreatViolation(f"{self.card.name} offers no {name!r} handle; its card lists {self.card.handles}.")
+        return getattr(self.defense, name)
+
+    def answer(self, x: Tensor, noise: Noise, *, repeats: int = 1) -> Tensor:
+        """The defense's full answers (votes included), no gradient: logits `(n, repeats, k)`."""
+        return self._draws(self.defense, x, noise, repeats, self.card.votes.draws)
+
+    def draws(self, x: Tensor, noise: Noise, draws: int = 1, *, forward: Forward | None = None) -> Tensor:
+        """Single draws, no gradient: logits `(n, draws, k)`."""
+        return self._draws(forward or self.defense.draw, x, noise, draws, 1)
+
+    @torch.no_grad()
+    def _draws(self, forward: Forward, x: Tensor, noise: Noise, draws: int, cost: int) -> Tensor:
+        folded = noise.draws(draws) if draws > 1 else noise
+        rows = x.repeat_interleave(draws, 0) if draws > 1 else x
+        parts: list[Tensor] = []
+        for chunk in self._chunks(len(rows), x, cost, lambda c: parts.append(forward(rows[c], folded[c]))):
+            self._count(folded[chunk], cost)
+        if not parts:
+            return x.new_zeros(0, draws, self.n_classes)
+        return self._checked(torch.cat(parts), folded).unflatten(0, (len(x), draws))
+
+    def gradient(
+        self,
+        x: Tensor,
+        labels: tuple[Tensor, ...],
+        loss: Loss,
+        noise: Noise,
+        *,
+        draws: int = 1,
+        forward: Forward | None = None,
+    ) -> Evaluation:
+        """Loss and gradient at `x`, averaged over `draws` draws folded into the batch.
+
+        Where the defense itself averages draws the loss is taken of the mean probability, as an
+        attack on a smoothed classifier should (Salman et al. 2019, eq. 6); elsewhere it is the
+        mean of the draws' losses.
+
+        Raises:
+            ThreatViolation: in a black box.
+        """
+        if not self.white_box:
+            raise ThreatViolation("a black-box attack may not ask for gradients.")
+        function = forward or self.defense.draw
+        smoothed = self.card.votes.draws > 1
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
+        logits: list[Tensor] = []
+
+        def run(chunk: slice) -> None:
+            part = x[chunk].detach().requires_grad_()
+            with torch.enable_grad():
+                folded = noise[chunk].draws(draws) if draws > 1 else noise[chunk]
+                answers = function(part.repeat_interleave(draws, 0) if draws > 1 else part, folded)
+                answers = self._checked(answers, folded)
+                grouped = answers.unflatten(0, (len(part), draws))
+                given = tuple(label[chunk] for label in labels)
+                if smoothed and draws > 1:
+                    mean = grouped.log_softmax(-1).logsumexp(1)
+                    values = loss(mean - mean.logsumexp(-1, keepdim=True), *given)
+                else:
+                    repeated = tuple(label.repeat_interleave(draws, 0) for label in given)
+                    values = loss(answers, *repeated).unflatten(0, (len(part), draws)).mean(1)
+                if values.requires_grad:
+                    (slope,) = torch.autograd.grad(values.sum(), part, allow_unused=True)
+                else:
+                    slope = None  # the defense severs the graph: no gradient is a zero gradient
+            losses.append(values.detach())
+            gradients.append(torch.zeros_like(part) if slope is None else slope.detach())
+            logits.append(grouped.detach())
+
+        for chunk in self._chunks(len(x), x, draws, run):
+            self._count(noise[chunk], draws, backward=True)
+        if not losses:
+            return Evaluation(x.new_zeros(0), torch.zeros_like(x), x.new_zeros(0, draws, self.n_classes))
+        return Evaluation(torch.cat(losses), torch.cat(gradients), torch.cat(logits))
+
+    def _chunks(self, n: int, x: Tensor, cost: int, run: Callable[[slice], None]) -> list[slice]:
+        """Runs `run` over row slices that fit; returns the slices that were run."""
+        if self._rows is None:
+            budget = 1 << (21 if x.device.type == "cuda" else 16)
+            self._rows = max(16, budget // max(1, x[0].numel() if len(x) else 1))
+        done: list[slice] = []
+        start = 0
+        while start < n:
+            size = max(1, self._rows // cost)
+            chunk = slice(start, min(n, start + size))
+            try:
+                run(chunk)
+            except (torch.OutOfMemoryError, MemoryError):
+                if self._rows <= cost:
+                    raise
+                self._rows = max(cost, self._rows // 2)
+                continue
+            done.append(chunk)
+            start = chunk.stop
+        return done
+
+    def _checked(self, logits: Tensor, noise: Noise) -> Tensor:
+        expected = (len(noise), self.n_classes)
+        if tuple(logits.shape) != expected:
+            raise DefenseError(
+                f"{self.card.name} returned logits of shape {tuple(logits.shape)}, expected {expected}: "
+                f"one row a sample, one column a class.",
+                noise.slots.unique().tolist(),
+            )
+        finite = logits.detach().isfinite().all(1)
+        if not bool(finite.all()):
+            raise DefenseError(
+                f"{self.card.name} returned logits that are not finite for {int((~finite).sum())} of "
+                f"{len(noise)} inputs; logits must be finite everywhere in [0, 1].",
+                noise.slots[~finite.cpu()].unique().tolist(),
+            )
+        return logits
+
+    def _count(self, noise: Noise, cost: int, *, backward: bool = False) -> None:
+        charged = torch.bincount(noise.slots, minlength=len(self.calls.forward)) * cost
+        self.calls.forward += charged
+        if backward:
+            self.calls.backward += charged
+        if self._on_calls is not None:
+            self._on_calls(len(noise) * cost)

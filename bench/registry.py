@@ -1,0 +1,165 @@
+"""Names to objects: literal tables of built-ins, loaded when asked for; `module:object` for everybody else."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from assay.attack import AttackSpec
+from assay.card import Card, Traits
+from assay.defense import Defense, DefenseSpec, ForeignModule
+from assay.errors import InputError, nearest
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A table of names, each an object or the `module:object` where one is.
+
+    Args:
+        kind: what error messages call an entry.
+        expected: the class every entry must have.
+        entries: the built-ins.
+    """
+
+    def __init__(self, kind: str, expected: type[T], entries: Mapping[str, str]) -> None:
+        self.kind = kind
+        self._expected = expected
+        self._entries: dict[str, str | T] = dict(entries)
+
+    def register(self, name: str, entry: str | T) -> None:
+        """Adds an entry.
+
+        Raises:
+            InputError: for a name that is taken: silently replacing a defense would change what a row means.
+        """
+        if name in self._entries:
+            raise InputError(f"a {self.kind} named {name!r} is registered already; choose another name.")
+        self._entries[name] = entry
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+    def __getitem__(self, name: str) -> T:
+        """The entry called `name`, imported if it has not been yet.
+
+        Raises:
+            InputError: for an unknown name, with the nearest known one.
+        """
+        if name not in self._entries:
+            raise InputError(f"no {self.kind} is called {name!r}.{nearest(name, self._entries)}")
+        entry = self._entries[name]
+        if isinstance(entry, str):
+            module, _, attribute = entry.partition(":")
+            entry = getattr(importlib.import_module(module), attribute)
+            if not isinstance(entry, self._expected):
+                raise InputError(f"{self.kind} {name!r} is a {type(entry).__name__}, not a {self._expected.__name__}.")
+            self._entries[name] = entry
+        return entry
+
+
+DEFENSES: Registry[DefenseSpec] = Registry(
+    "defense",
+    DefenseSpec,
+    {
+        "undefended": "assay.defenses.undefended:SPEC",
+        "adversarial_training": "assay.defenses.adversarial_training:SPEC",
+        "smoothing": "assay.defenses.smoothing:SPEC",
+        "diffpure": "assay.defenses.diffpure:SPEC",
+        "bit_depth": "assay.defenses.broken:BIT_DEPTH",
+    },
+)
+
+ATTACKS: Registry[AttackSpec] = Registry(
+    "attack",
+    AttackSpec,
+    {
+        "uniform": "assay.attacks.uniform:SPEC",
+        "transfer": "assay.attacks.transfer:SPEC",
+        "pgd": "assay.attacks.pgd:SPEC",
+        "apgd": "assay.attacks.apgd:SPEC",
+        "square": "assay.attacks.square:SPEC",
+        "bpda": "assay.attacks.bpda:SPEC",
+        "through_chain": "assay.attacks.through_chain:SPEC",
+        "surrogate": "assay.attacks.surrogate:SPEC",
+        "autoattack": "assay.attacks.autoattack:SPEC",
+    },
+)
+
+
+def is_foreign(name: str) -> bool:
+    """Whether `name` points at somebody's code (`module:object`) rather than into the registry."""
+    return ":" in name and name not in DEFENSES
+
+
+def resolve_defense(name: str, *, trust: bool = False) -> DefenseSpec:
+    """A defense from a registered name, `module:object` or `path/to/file.py:object`.
+
+    The object may be a `DefenseSpec`, a `Defense` (instance or class without arguments), or an
+    `nn.Module` from images in [0, 1] to logits, taken as deterministic.
+
+    Raises:
+        InputError: for an unknown name (with the nearest), for foreign code without `trust`, or for
+            an object that is none of these.
+    """
+    if not is_foreign(name):
+        return DEFENSES[name]
+    if not trust:
+        raise InputError(f"{name!r} is code from outside the registry and will be executed. If you trust it, add --trust.")
+    location, _, attribute = name.rpartition(":")
+    module = _import(location)
+    if not hasattr(module, attribute):
+        public = [key for key in vars(module) if not key.startswith("_")]
+        raise InputError(f"{location} has no object {attribute!r}.{nearest(attribute, public)}")
+    return _as_spec(getattr(module, attribute), attribute, getattr(module, "__file__", None))
+
+
+def _import(location: str) -> Any:
+    if not location.endswith(".py"):
+        # A console script's path does not hold the working directory; `module:object` should find it there.
+        if str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        try:
+            return importlib.import_module(location)
+        except ModuleNotFoundError as error:
+            if error.name and location.startswith(error.name):
+                raise InputError(f"no module {location!r}; give an installed module or a path ending in .py.") from error
+            raise
+    path = Path(location)
+    if not path.is_file():
+        raise InputError(f"no file {location!r}.")
+    unique = f"assay_foreign_{path.stem}_{abs(hash(path.resolve()))}"
+    spec = importlib.util.spec_from_file_location(unique, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[unique] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _as_spec(thing: Any, name: str, file: str | None) -> DefenseSpec:
+    source = Path(file) if file else None
+    if isinstance(thing, DefenseSpec):
+        return thing if thing.source else DefenseSpec(thing.card, thing.load, source, thing.weight_files)
+    if isinstance(thing, type) and issubclass(thing, nn.Module):
+        thing = thing()
+    if isinstance(thing, Defense):
+        return DefenseSpec(thing.card, lambda dataset: thing, source)
+    if isinstance(thing, nn.Module):
+        card = Card(name=name.lower().lstrip("_"), title=name, summary="A user's module.", traits=Traits())
+        classes = getattr(thing, "n_classes", 10)
+        return DefenseSpec(card, lambda dataset: ForeignModule(thing, card, classes), source)
+    raise InputError(
+        f"{name!r} is a {type(thing).__name__}; expected a DefenseSpec, a Defense, or an nn.Module from images "
+        f"in [0, 1] to logits."
+    )
