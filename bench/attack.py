@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Concatenate
 
 import torch
 from torch import Tensor
 
 from assay.card import Handle
 from assay.defense import Defense
-from assay.errors import DefenseError, ThreatViolation
+from assay.errors import AssayError, DefenseError, ThreatViolation
 from assay.noise import Noise
 from assay.threat import ThreatModel
 
@@ -21,17 +21,13 @@ Forward = Callable[[Tensor, Noise], Tensor]
 """One differentiable draw: `(x, noise) -> logits (n, k)`."""
 
 
-class Attack(Protocol):
-    """A pure function from correctly formed images to candidates.
+Attack = Callable[Concatenate["Target", Tensor, Tensor, ThreatModel, Noise, ...], Tensor]
+"""`attack(target, x, y, threat, noise, *, …) -> x_adv`: a pure function from images to candidates.
 
-    `x (n, c, h, w)` in [0, 1], `y (n,)` int64, `noise` of n rows; returns `x_adv`, shaped like x,
-    inside the threat model's ball. No global RNG, no mode changes, no hooks left behind. Whether
-    a candidate counts is for the harness to decide.
-    """
-
-    def __call__(
-        self, target: Target, x: Tensor, y: Tensor, threat: ThreatModel, noise: Noise, **options: Any
-    ) -> Tensor: ...
+`x (n, c, h, w)` in [0, 1], `y (n,)` int64, `noise` of n rows; returns `x_adv`, shaped like x,
+inside the threat model's ball. No global RNG, no mode changes, no hooks left behind. Whether
+a candidate counts is for the harness to decide.
+"""
 
 
 @dataclass(frozen=True)
@@ -108,6 +104,7 @@ class Target:
         self.calls = Calls(torch.zeros(slots, dtype=torch.int64), torch.zeros(slots, dtype=torch.int64))
         self._rows = rows
         self._on_calls = on_calls
+        self._turn = 0
 
     @property
     def stochastic(self) -> bool:
@@ -139,11 +136,11 @@ class Target:
         folded = noise.draws(draws) if draws > 1 else noise
         rows = x.repeat_interleave(draws, 0) if draws > 1 else x
         parts: list[Tensor] = []
-        for chunk in self._chunks(len(rows), x, cost, lambda c: parts.append(forward(rows[c], folded[c]))):
+        for chunk in self._chunks(len(rows), x, cost, lambda c: parts.append(self._call(forward, rows[c], folded[c]))):
             self._count(folded[chunk], cost)
         if not parts:
             return x.new_zeros(0, draws, self.n_classes)
-        return self._checked(torch.cat(parts), folded).unflatten(0, (len(x), draws))
+        return torch.cat(parts).reshape(len(x), draws, self.n_classes)
 
     def gradient(
         self,
@@ -176,8 +173,7 @@ class Target:
             part = x[chunk].detach().requires_grad_()
             with torch.enable_grad():
                 folded = noise[chunk].draws(draws) if draws > 1 else noise[chunk]
-                answers = function(part.repeat_interleave(draws, 0) if draws > 1 else part, folded)
-                answers = self._checked(answers, folded)
+                answers = self._call(function, part.repeat_interleave(draws, 0) if draws > 1 else part, folded)
                 grouped = answers.unflatten(0, (len(part), draws))
                 given = tuple(label[chunk] for label in labels)
                 if smoothed and draws > 1:
@@ -200,11 +196,43 @@ class Target:
             return Evaluation(x.new_zeros(0), torch.zeros_like(x), x.new_zeros(0, draws, self.n_classes))
         return Evaluation(torch.cat(losses), torch.cat(gradients), torch.cat(logits))
 
+    def forward_graph(self, x: Tensor, noise: Noise) -> Tensor:
+        """One draw with its graph, logits `(n, k)`, for foreign attacks that differentiate for themselves.
+
+        Not chunked. Such code drops rows without a word, so calls are spread evenly over the slots,
+        not charged to the samples that caused them; `noise` is n rows of any slots.
+
+        Raises:
+            ThreatViolation: in a black box.
+        """
+        if not self.white_box:
+            raise ThreatViolation("a black-box attack may not ask for gradients.")
+        logits = self._call(self.defense.draw, x, noise)
+        self.calls.forward += self._spread(len(x))
+        if self._on_calls is not None:
+            self._on_calls(len(x))
+
+        def tally(slope: Tensor) -> None:
+            self.calls.backward += self._spread(len(slope))
+
+        if logits.requires_grad:
+            logits.register_hook(tally)
+        return logits
+
+    def _spread(self, calls: int) -> Tensor:
+        """`calls` dealt out to the slots in turn, beginning where the last deal ended."""
+        slots = len(self.calls.forward)
+        dealt = (torch.arange(calls) + self._turn) % slots
+        self._turn = (self._turn + calls) % slots
+        return torch.bincount(dealt, minlength=slots)
+
     def _chunks(self, n: int, x: Tensor, cost: int, run: Callable[[slice], None]) -> list[slice]:
         """Runs `run` over row slices that fit; returns the slices that were run."""
+        if not n:
+            return []
         if self._rows is None:
             budget = 1 << (21 if x.device.type == "cuda" else 16)
-            self._rows = max(16, budget // max(1, x[0].numel() if len(x) else 1))
+            self._rows = max(16, budget // max(1, x[0].numel()))
         done: list[slice] = []
         start = 0
         while start < n:
@@ -221,7 +249,14 @@ class Target:
             start = chunk.stop
         return done
 
-    def _checked(self, logits: Tensor, noise: Noise) -> Tensor:
+    def _call(self, forward: Forward, x: Tensor, noise: Noise) -> Tensor:
+        try:
+            logits = forward(x, noise)
+        except (AssayError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            slots = noise.slots.unique().tolist()
+            raise DefenseError(f"{self.card.name} raised {type(error).__name__}: {error}", slots) from error
         expected = (len(noise), self.n_classes)
         if tuple(logits.shape) != expected:
             raise DefenseError(

@@ -95,6 +95,7 @@ class ForeignModule(Defense):
         self.module = module
 
     def draw(self, x: Tensor, noise: Noise) -> Tensor:
+        """One call of the module."""
         if not self.card.traits.stochastic:
             logits: Tensor = self.module(x)
             return logits
@@ -128,8 +129,6 @@ class DefenseSpec:
             InputError: when there are no weights for the data set.
         """
         if self.card.datasets and dataset not in self.card.datasets:
-            raise InputError(
-                f"{self.card.name} has weights for {', '.join(self.card.datasets)}, not for {dataset!r}."
-            )
+            raise InputError(f"{self.card.name} has weights for {', '.join(self.card.datasets)}, not for {dataset!r}.")
         defense = self.load(dataset).to(device).eval()
         return defense.requires_grad_(False)

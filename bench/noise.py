@@ -94,7 +94,7 @@ class Noise:
     def uniform(self, *tag: Tag, shape: Sequence[int], like: Tensor) -> Tensor:
         """Uniform values in [0, 1), `(n, *shape)` in `like`'s dtype and device."""
         size = math.prod(shape)
-        bits = self._bits(tag, size, like.device)
+        bits = self._bits(("uniform", *tag), size, like.device)
         # 24 bits fill a float32's mantissa exactly, so that rounding never produces a 1.
         width = 53 if like.dtype == torch.float64 else 24
         values = ((bits >> (64 - width)) & ((1 << width) - 1)).to(like.dtype) * 2.0**-width
@@ -114,7 +114,7 @@ class Noise:
         radius = torch.sqrt(-2 * torch.log((first + 0.5) * 2.0**-32).clamp_max(0))
         angle = second * (2 * math.pi * 2.0**-32)
         values = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
-        return values.reshape(len(self), -1)[:, :size].reshape(len(self), *shape).to(like.dtype)
+        return values.flatten(1)[:, :size].reshape(len(self), *shape).to(like.dtype)
 
     def integers(self, *tag: Tag, shape: Sequence[int], high: int, like: Tensor) -> Tensor:
         """Integers in [0, high), `(n, *shape)` int64 on `like`'s device."""

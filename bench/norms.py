@@ -13,8 +13,8 @@ from assay.threat import BOX, Norm, ThreatModel
 TOLERANCE = 1e-7
 """How far outside the ball or the box a float32 candidate may lie: one rounding of pixel arithmetic."""
 
-_SHRINK = 1 - 1e-6
-"""An l2 projection aims this far inside, so that rounding its pixels to float32 can't leave the ball."""
+_SHRINK = 1 - 1e-9
+"""An l2 projection aims this far inside, so that float64's own rounding can't leave the ball."""
 
 
 def distance(norm: Norm, a: Tensor, b: Tensor) -> Tensor:
@@ -22,7 +22,8 @@ def distance(norm: Norm, a: Tensor, b: Tensor) -> Tensor:
     difference = (a.double() - b.double()).flatten(1)
     if norm == "linf":
         return difference.abs().amax(1) if difference.shape[1] else difference.sum(1)
-    return torch.linalg.vector_norm(difference, dim=1)
+    length: Tensor = torch.linalg.vector_norm(difference, dim=1)
+    return length
 
 
 def violation(norm: Norm, eps: float, z: Tensor, x: Tensor) -> Tensor:
@@ -59,8 +60,11 @@ class Ball:
         self.x = x
         if self.norm == "linf":
             centre = x.double()
-            self._low = _round_up((centre - self.eps).clamp(*BOX), x.dtype)
-            self._high = -_round_up(-(centre + self.eps).clamp(*BOX), x.dtype)
+            low = _towards((centre - self.eps).clamp(*BOX), x)
+            high = _towards((centre + self.eps).clamp(*BOX), x)
+            # float64 pixels: the bound's own rounding can be an ulp more than eps away.
+            self._low = torch.where(centre - low.double() > self.eps, torch.nextafter(low, x), low)
+            self._high = torch.where(high.double() - centre > self.eps, torch.nextafter(high, x), high)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -82,7 +86,7 @@ class Ball:
         scale = torch.where(length > self.eps, self.eps * _SHRINK / length.clamp_min(1e-300), torch.ones_like(length))
         # Points already inside are passed through untouched, so that projecting twice changes nothing.
         inside = _per_row(scale == 1, z)
-        pulled = (self.x.double() + step * _per_row(scale, z)).to(z.dtype)
+        pulled = _towards(self.x.double() + step * _per_row(scale, z), self.x)
         return torch.where(inside, z, pulled).clamp(*BOX)
 
     def random_point(self, noise: Noise, *tag: str | int) -> Tensor:
@@ -120,8 +124,8 @@ class Ball:
         return distance(self.norm, z, self.x)
 
 
-def _round_up(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values` (float64) in `dtype`, rounded towards +inf."""
-    rounded = values.to(dtype)
-    above = torch.nextafter(rounded, torch.full_like(rounded, math.inf))
-    return torch.where(rounded.double() < values, above, rounded)
+def _towards(values: Tensor, centre: Tensor) -> Tensor:
+    """`values` (float64) in `centre`'s dtype, each rounded to the side where `centre` is."""
+    rounded = values.to(centre.dtype)
+    further = (rounded.double() - centre.double()).abs() > (values - centre.double()).abs()
+    return torch.where(further, torch.nextafter(rounded, centre), rounded)

@@ -114,7 +114,7 @@ def resolve_defense(name: str, *, trust: bool = False) -> DefenseSpec:
     if not is_foreign(name):
         return DEFENSES[name]
     if not trust:
-        raise InputError(f"{name!r} is code from outside the registry and will be executed. If you trust it, add --trust.")
+        raise InputError(f"{name!r} is code from outside the registry, to be executed. If you trust it, add --trust.")
     location, _, attribute = name.rpartition(":")
     module = _import(location)
     if not hasattr(module, attribute):
@@ -132,7 +132,7 @@ def _import(location: str) -> Any:
             return importlib.import_module(location)
         except ModuleNotFoundError as error:
             if error.name and location.startswith(error.name):
-                raise InputError(f"no module {location!r}; give an installed module or a path ending in .py.") from error
+                raise InputError(f"no module {location!r}; expected an installed one or a path to a .py.") from error
             raise
     path = Path(location)
     if not path.is_file():

@@ -44,10 +44,12 @@ def _suggest(text: object) -> str:
         return ""
     if not 0 < value < 1e6:
         return ""
+    exact = Fraction(str(text).strip())
     pixels = round(value * 255)
-    if pixels and abs(pixels / 255 - value) <= 0.02 * value:
+    # A decimal with two or three digits usually stands for so many grey levels, unless it is a plain 1/2 or 1/5.
+    if exact.denominator > 20 and abs(pixels / 255 - value) <= min(0.02 * value, 0.0005):
         return f" Write it as '{pixels}/255'?"
-    return f" Write it as '{Fraction(value).limit_denominator(100)}'?"
+    return f" Write it as '{exact}'?"
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,34 @@
-"""TODO"""
+"""Checks of a defense before hours are spent on it: one a file, each returns findings.
+
+A check is `check(subject) -> Finding`; `PREFLIGHT` names those that a protocol may list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from assay.checks import batch_independence, honest_randomness, interface, modes
+from assay.checks.subject import Subject
+from assay.finding import Finding
+
+__all__ = ["PREFLIGHT", "Subject", "preflight"]
+
+PREFLIGHT: Mapping[str, Callable[[Subject], Finding]] = {
+    "interface": interface.check,
+    "modes": modes.check,
+    "honest_randomness": honest_randomness.check,
+    "batch_independence": batch_independence.check,
+}
+"""In the order in which they run: a defense that fails `interface` can't be measured further."""
+
+
+def preflight(subject: Subject, names: Iterable[str]) -> Sequence[Finding]:
+    """Runs the named checks in `PREFLIGHT`'s order, stopping after a failed `interface`."""
+    wanted = set(names)
+    findings: list[Finding] = []
+    for name, check in PREFLIGHT.items():
+        if name in wanted:
+            findings.append(check(subject))
+            if name == "interface" and findings[-1].status == "fail":
+                break
+    return findings

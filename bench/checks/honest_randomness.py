@@ -1,0 +1,55 @@
+"""`honest_randomness`: an answer is a function of image and noise, and stochastic as declared."""
+
+from __future__ import annotations
+
+import torch
+
+from assay.checks.subject import Subject, gap
+from assay.finding import Finding
+
+THRESHOLD = 1e-5
+"""Largest difference of probabilities put down to floating point."""
+
+
+def check(subject: Subject) -> Finding:
+    """Calls the defense twice with the same noise, then with other noise, and watches the global generator.
+
+    Fails where the same noise gives different answers (a hidden generator: nothing could be
+    replayed), where a defense declared deterministic varies or one declared stochastic never
+    does, or where the global RNG is left in another state. Costs 3n forward calls.
+    """
+    state = torch.random.get_rng_state()
+    first, again = subject.answer(), subject.answer()
+    drawn = not torch.equal(state, torch.random.get_rng_state())
+    other = subject.answer(noise=subject.noise.child("other"))
+    replay, varies = gap(first, again), gap(first, other)
+    stochastic = subject.defense.card.traits.stochastic
+    if bool((replay > THRESHOLD).any()):
+        return _failed(
+            float(replay.max()),
+            "The same image and noise gave different answers: randomness must come from the noise argument.",
+            subject.ids_of(replay > THRESHOLD),
+        )
+    if drawn:
+        return _failed(1.0, "A forward pass moves torch's global generator: draw from the noise argument instead.")
+    if not stochastic and bool((varies > THRESHOLD).any()):
+        return _failed(
+            float(varies.max()),
+            "Declared deterministic, but the answer changes with the noise: declare the trait 'stochastic'.",
+            subject.ids_of(varies > THRESHOLD),
+        )
+    if stochastic and not bool((first != other).any()):
+        return _failed(0.0, "Declared stochastic, but the answer never changes with the noise: drop the trait.")
+    return Finding(
+        check="honest_randomness",
+        value=float(replay.max()),
+        threshold=THRESHOLD,
+        status="pass",
+        message="Same noise, same answer; varies with the noise exactly as declared.",
+    )
+
+
+def _failed(value: float, message: str, ids: tuple[int, ...] = ()) -> Finding:
+    return Finding(
+        check="honest_randomness", value=value, threshold=THRESHOLD, status="fail", samples=ids, message=message
+    )

@@ -1,0 +1,43 @@
+"""`interface`: logits `(n, k)`, finite, floating point, for any batch size."""
+
+from __future__ import annotations
+
+import torch
+
+from assay.checks.subject import Subject
+from assay.finding import Finding
+
+
+def check(subject: Subject) -> Finding:
+    """Calls the defense on the whole batch, on one image and on none.
+
+    Fails for an exception, a wrong shape or dtype, or a value that is not finite: nothing later
+    could tell such an answer from robustness. Costs n + 1 forward calls.
+    """
+    k = subject.defense.n_classes
+    for rows in (slice(None), slice(0, 1), slice(0, 0)):
+        expected = (len(subject.x[rows]), k)
+        ids = tuple(subject.ids[rows])
+        try:
+            logits = subject.answer(rows)
+        except Exception as error:
+            return _failed(f"a batch of {expected[0]} images raised {type(error).__name__}: {error}", ids)
+        if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
+            came = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            return _failed(f"expected logits of shape {expected} (n, k), got {came}", ids)
+        if not logits.is_floating_point():
+            return _failed(f"expected floating-point logits, got {logits.dtype}", ids)
+        finite = logits.isfinite().all(1)
+        if not bool(finite.all()):
+            bad = subject.ids_of(~finite) if rows == slice(None) else ids
+            return _failed("expected finite logits, got NaN or infinity", bad)
+    return Finding(check="interface", status="pass", message="Logits (n, k), finite, for any batch size.")
+
+
+def _failed(what: str, ids: tuple[int, ...]) -> Finding:
+    return Finding(
+        check="interface",
+        status="fail",
+        samples=ids,
+        message=f"The defense doesn't keep its interface: {what}. Return finite logits (n, k) for images in [0, 1].",
+    )

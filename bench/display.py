@@ -1,0 +1,256 @@
+"""What the command line shows, with rich: plans, progress, verdicts, rows. No decisions are made here."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from assay.record import BUNDLE, RECORD, SAMPLES, Estimate, Record
+
+if TYPE_CHECKING:
+    from assay.attack import AttackSpec
+    from assay.board import Board
+    from assay.defense import DefenseSpec
+    from assay.run import Prepared
+
+console = Console(highlight=False)
+_COLOURS = {"verified": "green", "flagged": "yellow", "failed": "red", "incomplete": "magenta"}
+_MEANING = {
+    "verified": "every mandatory attack ran and no check objected",
+    "flagged": "ranked, with the findings below shown beside the row",
+    "failed": "the defense breaks the rules; not ranked",
+    "incomplete": "a mandatory part is missing; not ranked",
+}
+
+
+def default_folder(prepared: Prepared) -> Path:
+    """`runs/BOARD/DEFENSE-PROFILE[-nN][-sSEED]`, from the arguments that make runs differ."""
+    job = prepared.job
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", prepared.name).strip("-.")
+    parts = [name, prepared.profile]
+    if len(job.ids) != (prepared.protocol.samples[prepared.profile] or len(job.board.ids)):
+        parts.append(f"n{len(job.ids)}")
+    if job.seed:
+        parts.append(f"s{job.seed}")
+    if len(job.planned) < len(prepared.mandatory):
+        parts.append("+".join(attack.name for attack in job.planned) or "none")
+    return Path("runs") / job.board.name / "-".join(parts)
+
+
+def percent(estimate: Estimate | None) -> str:
+    """An accuracy with its interval, such as `61.0 [53.9, 67.8]`."""
+    if estimate is None:
+        return "-"
+    return f"{100 * estimate.value:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `42 s`, `3.5 min` or `2.1 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def registry(defenses: Sequence[DefenseSpec], attacks: Sequence[AttackSpec], boards: Sequence[Board]) -> None:
+    """Three tables: defenses, attacks, boards."""
+    table = Table("defense", "traits", "handles", "data sets", "summary", title="Defenses", title_justify="left")
+    for spec in defenses:
+        card = spec.card
+        name = f"{card.name} [red](known broken)[/red]" if card.known_broken else card.name
+        traits = ", ".join(card.traits.names()) or "deterministic"
+        table.add_row(name, traits, ", ".join(card.handles), ", ".join(card.datasets), escape(card.summary))
+    console.print(table)
+    table = Table("attack", "needs", "summary", title="Attacks", title_justify="left")
+    for attack in attacks:
+        needs = "logits" if attack.black_box else ", ".join(("gradients", *attack.handles))
+        table.add_row(attack.name, needs, escape(attack.summary))
+    console.print(table)
+    table = Table("board", "data set", "samples", "threat", "protocol", "draws", title="Boards", title_justify="left")
+    for board in boards:
+        table.add_row(
+            board.name, board.dataset, str(len(board.ids)), str(board.threat), board.protocol, str(board.draws)
+        )
+    console.print(table)
+
+
+def plan(prepared: Prepared, seconds: Mapping[str, float]) -> None:
+    """The mandatory attacks, why each is, what each costs at most."""
+    job, n = prepared.job, len(prepared.job.ids)
+    board = job.board
+    card = job.defense.card
+    title = (
+        f"{escape(prepared.name)} on {board.name} ({board.threat}, {n} of {len(board.ids)} samples), "
+        f"protocol {prepared.protocol.id}, {prepared.profile}"
+    )
+    console.print(f"[bold]{title}[/bold]")
+    console.print(f"traits: {', '.join(card.traits.names()) or 'deterministic'}")
+    table = Table("mandatory attack", "why", "forward", "backward", "at most", box=None, pad_edge=False)
+    for column in (2, 3, 4):
+        table.columns[column].justify = "right"
+    for attack in prepared.mandatory:
+        why = "\n".join(escape(reason) for reason in attack.reasons)
+        if attack.name in prepared.missing:
+            table.add_row(
+                attack.name, f"{why}\n[magenta]will not run: {escape(prepared.missing[attack.name])}[/]", "", "", ""
+            )
+            continue
+        table.add_row(
+            attack.name, why, f"{attack.forward:,}", f"{attack.backward:,}", duration(seconds[attack.name] * n)
+        )
+    console.print(table)
+    total = sum(seconds[stage] for stage in job.stages) * n
+    console.print(f"forward and backward: calls per sample. Estimated time: at most {duration(total)}.")
+
+
+class Progress:
+    """A bar over all stages of all shards, weighted by their estimated time; prints the plan first."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        from assay.estimate import seconds_per_sample
+
+        self._prepared = prepared
+        self._seconds = seconds_per_sample(prepared.job)
+        self._sizes = [len(shard) for shard in prepared.job.shards]
+        self._weights = {
+            (i, stage): self._seconds[stage] * size
+            for i, size in enumerate(self._sizes)
+            for stage in prepared.job.stages
+        }
+        self._total = max(sum(self._weights.values()), 1e-9)
+        self._done = 0.0
+        self._within = 0.0
+        self._current: tuple[int, str] | None = None
+        self._spent = 0.0
+        self._spent_weight = 0.0
+        self._started = time.perf_counter()
+        self._bar = Bar(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"), console=console,
+        )  # fmt: skip
+        self._task = self._bar.add_task("starting", total=self._total, left="")
+        self._note = Text()
+        self._live = Live(Group(self._bar, self._note), console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Progress:
+        plan(self._prepared, self._seconds)
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def begin(self, shard: int, stage: str, samples: int) -> None:
+        """A stage starts; its weight shrinks with the samples still standing."""
+        self._current, self._within = (shard, stage), 0.0
+        self._started = time.perf_counter()
+        size = self._sizes[shard]
+        self._bar.update(
+            self._task, description=f"shard {shard + 1}/{len(self._sizes)}  {stage}  ({samples} of {size} standing)"
+        )
+
+    def calls(self, count: int) -> None:
+        """Moves the bar within the stage."""
+        if self._current is None:
+            return
+        stage = self._current[1]
+        calls = {attack.name: attack.forward for attack in self._prepared.job.planned}.get(stage, 0)
+        if calls:
+            whole = self._weights[self._current]
+            self._within = min(whole, self._within + count * whole / (calls * self._sizes[self._current[0]]))
+            self._show()
+
+    def end(self, shard: int, stage: str) -> None:
+        """Completes the stage's part of the bar."""
+        weight = self._weights[(shard, stage)]
+        self._done += weight
+        if self._current == (shard, stage):
+            self._spent += time.perf_counter() - self._started
+            self._spent_weight += weight
+        self._current, self._within = None, 0.0
+        self._show()
+
+    def _show(self) -> None:
+        remaining = self._total - self._done - self._within
+        # Stages found on disk took no time: the pace comes from those that ran in this process.
+        pace = self._spent / self._spent_weight if self._spent_weight > 0 else 1.0
+        self._bar.update(
+            self._task, completed=self._done + self._within, left=f"about {duration(remaining * pace)} left"
+        )
+
+
+def outcome(record: Record, folder: Path) -> None:
+    """Verdict, findings, the row, and where the files are."""
+    colour = _COLOURS[record.verdict]
+    console.print(f"\n[bold {colour}]{record.verdict}[/] - {_MEANING[record.verdict]}")
+    for name, reason in record.protocol.missing.items():
+        console.print(f"  [magenta]missing[/] {name}: {escape(reason)}")
+    for finding in record.findings:
+        if finding.status != "pass":
+            ids = f" (samples {', '.join(map(str, finding.samples[:8]))})" if finding.samples else ""
+            console.print(
+                f"  [{_COLOURS['failed']}]{finding.status}[/] {finding.check}: {escape(finding.message)}{ids}"
+            )
+    if record.results is not None:
+        _numbers(record)
+    if not record.ranked:
+        console.print(f"[dim]Not ranked: {', '.join(_why_unranked(record))}.[/dim]")
+    files = [name for name in (RECORD, SAMPLES, BUNDLE) if (folder / name).is_file()]
+    console.print(f"{folder}/: {', '.join(files)}", soft_wrap=True)
+
+
+def _why_unranked(record: Record) -> list[str]:
+    reasons = []
+    if record.protocol.profile == "quick":
+        reasons.append("the quick profile never is")
+    if record.board.n < record.board.size:
+        reasons.append(f"{record.board.n} of the board's {record.board.size} samples")
+    if record.verdict in ("failed", "incomplete"):
+        reasons.append(record.verdict)
+    return reasons
+
+
+def _numbers(record: Record) -> None:
+    results = record.results
+    assert results is not None
+    threat = record.board.threat
+    stochastic = record.defense.card.traits.stochastic
+    table = Table(
+        "accuracy under", "% [95 % interval]", "attacked", "broken", "forward", "backward", "time",
+        title=f"{record.defense.name} on {record.board.name} ({threat.norm} {threat.eps}, n = {record.board.n})",
+        title_justify="left",
+    )  # fmt: skip
+    for column in range(1, 7):
+        table.columns[column].justify = "right"
+    table.add_row("clean", percent(results.clean), *[""] * 5)
+    for name, attack in results.attacks.items():
+        table.add_row(
+            name, percent(attack), str(attack.attempted), str(attack.broken),
+            f"{attack.forward:,}", f"{attack.backward:,}", duration(attack.seconds),
+        )  # fmt: skip
+    table.add_section()
+    table.add_row("[bold]robust[/]", f"[bold]{percent(results.robust)}[/]", "", "",
+                  f"{record.cost.forward:,}", f"{record.cost.backward:,}", duration(record.cost.seconds))  # fmt: skip
+    console.print(table)
+    if stochastic:
+        rules = results.rules
+        table = Table("decision rule", "clean", "random noise", "robust", box=None, pad_edge=False)
+        names = {"expected": "expected", "worst_of_n": f"all {record.board.draws} draws right",
+                 "majority": f"majority of {record.board.draws}"}  # fmt: skip
+        for key, label in names.items():
+            rule = getattr(rules, key)
+            table.add_row(label, percent(rule.clean), percent(rule.noise), percent(rule))
+        console.print(table)

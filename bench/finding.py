@@ -1,0 +1,29 @@
+"""Findings: what a check measured, as data that the verdict is made from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from assay.card import Strict
+
+Status = Literal["pass", "flag", "fail"]
+
+
+class Finding(Strict):
+    """One measurement of a defense or of an attack's health.
+
+    Attributes:
+        check: the check's name.
+        value, threshold: what was measured, and the bound it was held against; None where a check
+            has no number.
+        status: `fail` makes the record failed, `flag` is shown beside the row.
+        samples: ids of the samples behind it.
+        message: what it means and what to do, one or two sentences.
+    """
+
+    check: str
+    value: float | None = None
+    threshold: float | None = None
+    status: Status
+    samples: tuple[int, ...] = ()
+    message: str

@@ -1,0 +1,258 @@
+"""The record: the validated, immutable result of a run, and the only thing that tables are made from.
+
+Field names are a contract with everybody who reads `record.json`. No torch here: tables are
+rendered where none is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from assay.card import Card, Strict
+from assay.digest import sha256_of_file, sha256_of_json
+from assay.errors import InputError, IntegrityError
+from assay.finding import Finding
+from assay.protocol import Family, ProfileName, Verdict
+from assay.threat import Norm
+
+SCHEMA: Literal["assay-record/1"] = "assay-record/1"
+RECORD, SAMPLES, BUNDLE = "record.json", "samples.parquet", "adversarial.safetensors"
+
+
+class Estimate(Strict):
+    """An accuracy in [0, 1] over n samples, with its 95 % interval."""
+
+    value: float = Field(ge=0, le=1)
+    n: int = Field(ge=1)
+    low: float = Field(ge=0, le=1)
+    high: float = Field(ge=0, le=1)
+
+
+class AttackResult(Estimate):
+    """Accuracy under one attack; samples that an earlier attack certainly broke count as broken.
+
+    Attributes:
+        attempted: samples that were still standing when it ran.
+        broken: of these, samples whose score it lowered to 0.
+        forward, backward, seconds: what it cost in all.
+    """
+
+    family: Family
+    attempted: int
+    broken: int
+    options: dict[str, Any]
+    reasons: tuple[str, ...]
+    forward: int
+    backward: int
+    seconds: float
+
+
+class RuleResult(Estimate):
+    """Robust accuracy under one decision rule, and the same rule on clean and on noisy inputs.
+
+    `noise` is the accuracy on uniformly random points of the ball; what is lost there is lost to
+    randomness, not to an adversary. None where that attack was not run.
+    """
+
+    clean: Estimate
+    noise: Estimate | None
+
+
+class Rules(Strict):
+    """The three decision rules; for deterministic defenses they coincide.
+
+    Attributes:
+        expected: mean probability of a correct answer.
+        worst_of_n: correct in all of the board's draws.
+        majority: what a vote over the board's draws would answer.
+    """
+
+    expected: RuleResult
+    worst_of_n: RuleResult
+    majority: RuleResult
+
+
+class Results(Strict):
+    """The numbers: `robust` is the ranking rule's worst case over all attacks."""
+
+    clean: Estimate
+    robust: Estimate
+    attacks: dict[str, AttackResult]
+    certified: dict[str, Estimate]
+    rules: Rules
+
+
+class ProtocolRef(Strict):
+    """Which protocol, under which profile; the digest covers its whole resolved content."""
+
+    id: str
+    digest: str
+    profile: ProfileName
+    mandatory: tuple[str, ...]
+    missing: dict[str, str]
+
+
+class ThreatRef(Strict):
+    """The threat model, eps as a fraction."""
+
+    norm: Norm
+    eps: str
+
+
+class BoardRef(Strict):
+    """Which samples: `n` of the board's `size` ids; `ids_sha256` is the digest of the ids that were run."""
+
+    name: str
+    dataset: str
+    revision: str
+    n: int
+    size: int
+    ids_sha256: str
+    draws: int
+    threat: ThreatRef
+
+
+class DefenseRef(Strict):
+    """Which defense: its card, and the digests of its weights and source."""
+
+    name: str
+    card: Card
+    weights: dict[str, str]
+    source_sha256: str | None
+
+
+class Cost(Strict):
+    """Samples passed through the defense in all, and wall seconds."""
+
+    forward: int
+    backward: int
+    seconds: float
+
+
+class Provenance(Strict):
+    """Where and with what the run was made."""
+
+    assay: str
+    code_sha256: str
+    commit: str | None
+    dirty: bool | None
+    python: str
+    platform: str
+    device: str
+    threads: int
+    packages: dict[str, str]
+    seed: int
+    shard: int
+    started: str
+    finished: str
+
+
+class Record(Strict):
+    """A finished run.
+
+    Attributes:
+        results: None where a preflight check failed before anything was measured.
+        outcome_sha256: the digest of everything that does not depend on the wall clock. Two runs
+            of one plan on the same hardware, interrupted or not, agree in it.
+        digest: the digest of the whole record, its own field left out.
+    """
+
+    schema_: Literal["assay-record/1"] = Field(default=SCHEMA, alias="schema")
+    protocol: ProtocolRef
+    board: BoardRef
+    defense: DefenseRef
+    verdict: Verdict
+    results: Results | None
+    findings: tuple[Finding, ...]
+    cost: Cost
+    provenance: Provenance
+    files: dict[str, str]
+    outcome_sha256: str = ""
+    digest: str = ""
+
+    def sealed(self, samples: Any) -> Record:
+        """This record with its digests filled in; `samples` is the per-sample outcome, as plain JSON data."""
+        plain = self.as_json()
+        timeless = {key: value for key, value in plain.items() if key not in ("digest", "outcome_sha256", "files")}
+        outcome = sha256_of_json([_without_clock(timeless), self.files.get(BUNDLE, ""), samples])
+        plain["outcome_sha256"] = outcome
+        return self.model_copy(update={"outcome_sha256": outcome, "digest": _digest(plain)})
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON data, as written."""
+        data: dict[str, Any] = self.model_dump(mode="json", by_alias=True)
+        return data
+
+    @property
+    def ranked(self) -> bool:
+        """Whether a table may rank it: a ranked profile, all of the board's ids, nothing missing or failed."""
+        complete = self.board.n == self.board.size and self.protocol.profile != "quick"
+        return complete and self.verdict in ("verified", "flagged")
+
+
+def _without_clock(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_clock(v) for k, v in value.items() if k not in ("seconds", "started", "finished")}
+    return [_without_clock(item) for item in value] if isinstance(value, list) else value
+
+
+def _digest(plain: dict[str, Any]) -> str:
+    return sha256_of_json({key: value for key, value in plain.items() if key != "digest"})
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader, or a crash, never sees half of it: temporary name, sync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_record(record: Record, path: Path) -> None:
+    """Writes a sealed record as readable, strict JSON."""
+    text = json.dumps(record.as_json(), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    write_atomically(path, text.encode() + b"\n")
+
+
+def read_record(path: Path, *, files: bool = False) -> Record:
+    """Reads and validates a record; with `files`, its sample table and bundle too.
+
+    Args:
+        path: `record.json`, or the folder that holds it.
+
+    Raises:
+        InputError: for a file that is absent or is not a record.
+        IntegrityError: for a record, or a file of it, that doesn't match its digest.
+    """
+    path = path / RECORD if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"no record at {path}; expected record.json or the folder that holds it.")
+    try:
+        plain = json.loads(path.read_text(), parse_constant=_refuse_constant)
+        record = Record.model_validate(plain)
+    except (ValueError, ValidationError) as error:
+        raise InputError(f"{path} is not a valid record: {error}") from error
+    if _digest(plain) != record.digest:
+        raise IntegrityError(f"{path} was changed after it was written: its digest says {record.digest}.")
+    if files:
+        for name, expected in record.files.items():
+            file = path.parent / name
+            if not file.is_file() or sha256_of_file(file) != expected:
+                raise IntegrityError(f"{file} is missing or was changed after the record was written.")
+    return record
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number that a record may hold")
