@@ -241,9 +241,10 @@ class Target:
             try:
                 run(chunk)
             except (torch.OutOfMemoryError, MemoryError):
-                if self._rows <= cost:
+                size = chunk.stop - chunk.start
+                if size == 1:
                     raise
-                self._rows = max(cost, self._rows // 2)
+                self._rows = size // 2 * cost
                 continue
             done.append(chunk)
             start = chunk.stop

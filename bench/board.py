@@ -6,6 +6,7 @@ import tomllib
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError, field_validator, model_validator
 
@@ -46,9 +47,9 @@ class Board(Strict):
     ids: tuple[int, ...]
     ids_sha256: str
 
-    @field_validator("eps")
+    @field_validator("eps", mode="before")
     @classmethod
-    def _exact(cls, value: str) -> str:
+    def _exact(cls, value: Any) -> str:
         return str(parse_eps(value))
 
     @model_validator(mode="after")
@@ -60,6 +61,8 @@ class Board(Strict):
             raise ValueError(f"ids_sha256 says {self.ids_sha256}, the list hashes to {found}")
         if self.draws < 10:
             raise ValueError(f"draws must be at least 10, got {self.draws}")
+        if self.shard < 1:
+            raise ValueError(f"shard must be at least 1, got {self.shard}")
         return self
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -49,11 +50,11 @@ def default_folder(prepared: Prepared) -> Path:
     return Path("runs") / job.board.name / "-".join(parts)
 
 
-def percent(estimate: Estimate | None) -> str:
-    """An accuracy with its interval, such as `61.0 [53.9, 67.8]`."""
+def percent(estimate: Estimate | None) -> tuple[str, str]:
+    """An accuracy in percent and its interval, such as `61.0` and `[53.9, 67.8]`."""
     if estimate is None:
-        return "-"
-    return f"{100 * estimate.value:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+        return "-", ""
+    return f"{100 * estimate.value:.1f}", f"[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
 
 
 def duration(seconds: float) -> str:
@@ -228,22 +229,19 @@ def _numbers(record: Record) -> None:
     assert results is not None
     threat = record.board.threat
     stochastic = record.defense.card.traits.stochastic
-    table = Table(
-        "accuracy under", "% [95 % interval]", "attacked", "broken", "forward", "backward", "time",
-        title=f"{record.defense.name} on {record.board.name} ({threat.norm} {threat.eps}, n = {record.board.n})",
-        title_justify="left",
-    )  # fmt: skip
-    for column in range(1, 7):
-        table.columns[column].justify = "right"
-    table.add_row("clean", percent(results.clean), *[""] * 5)
+    title = f"{record.defense.name} on {record.board.name} ({threat.norm} {threat.eps}, n = {record.board.n})"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("accuracy under", no_wrap=True)
+    for heading in ("%", "95 %", "attacked", "broken", "calls", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_row("clean", *percent(results.clean), "", "", "", "")
     for name, attack in results.attacks.items():
-        table.add_row(
-            name, percent(attack), str(attack.attempted), str(attack.broken),
-            f"{attack.forward:,}", f"{attack.backward:,}", duration(attack.seconds),
-        )  # fmt: skip
+        calls = f"{attack.forward + attack.backward:,}"
+        counts = (str(attack.attempted), str(attack.broken), calls, duration(attack.seconds))
+        table.add_row(name, *percent(attack), *counts)
     table.add_section()
-    table.add_row("[bold]robust[/]", f"[bold]{percent(results.robust)}[/]", "", "",
-                  f"{record.cost.forward:,}", f"{record.cost.backward:,}", duration(record.cost.seconds))  # fmt: skip
+    total = f"{record.cost.forward + record.cost.backward:,}"
+    table.add_row("robust", *percent(results.robust), "", "", total, duration(record.cost.seconds), style="bold")
     console.print(table)
     if stochastic:
         rules = results.rules
@@ -252,5 +250,6 @@ def _numbers(record: Record) -> None:
                  "majority": f"majority of {record.board.draws}"}  # fmt: skip
         for key, label in names.items():
             rule = getattr(rules, key)
-            table.add_row(label, percent(rule.clean), percent(rule.noise), percent(rule))
+            cells = (" ".join(percent(estimate)) for estimate in (rule.clean, rule.noise, rule))
+            table.add_row(label, *cells)
         console.print(table)

@@ -172,13 +172,13 @@ class _Shard:
 
     def absorb(self, stage: str, part: Arrays) -> None:
         """Takes a stage's outcome into the cascade's state."""
-        candidates = torch.from_numpy(part["candidate"]).to(self.x) if "candidate" in part else self.x
         correct = part["correct"].astype(np.int64)
         better = part["attempted"] & (correct < self.lowest)
         self.lowest = np.where(better, correct, self.lowest)
         if stage != FINAL:
-            rows = torch.from_numpy(better[part["attempted"]])
-            self.best[torch.from_numpy(better)] = candidates[rows]
+            if "candidate" in part:  # the clean stage has none, nor has an attack that found nothing standing
+                winners = torch.from_numpy(part["candidate"][better[part["attempted"]]])
+                self.best[torch.from_numpy(better)] = winners.to(self.best)
             self.standing &= ~part["certain"]
         else:
             self.arrays["adversarial"] = self.best.cpu().numpy()
@@ -203,14 +203,16 @@ class _Shard:
         with self._named(f"attack {planned.name}"):
             x_adv = spec.attack(target, x, y, job.board.threat, noise, **options)
         seconds = time.perf_counter() - started
-        self._check_budget(planned.name, x_adv, x, rows)
+        # Against the images as they are here: an attack may have moved its own copy of them.
+        self._check_budget(planned.name, x_adv, self.x[rows], rows)
+        x_adv = x_adv.detach()
         part = self._score(planned.name, self.standing, x_adv)
         calls = target.calls
         part["forward"] += calls.forward.numpy()
         part["backward"] += calls.backward.numpy()
-        # Wall time is charged to samples in proportion to the calls they took.
-        share = calls.forward.numpy() / max(1, int(calls.forward.sum()))
-        part["seconds"] += seconds * share
+        # Wall time is charged to samples in proportion to the calls they took; a transfer takes none.
+        weight = calls.forward.numpy() if int(calls.forward.sum()) else self.standing.astype(np.int64)
+        part["seconds"] += seconds * weight / weight.sum()
         part["candidate"] = x_adv.cpu().numpy()
         return part
 

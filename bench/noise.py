@@ -49,6 +49,14 @@ class Noise:
         keys: `(n,)` int64, one stream a row.
         slots: `(n,)` int64, the position in the original batch that a row belongs to; it survives
             subsetting and folding, so that costs can be charged to samples.
+
+    >>> noise, like = Noise.from_seed(0, rows=4), torch.zeros(())
+    >>> step = noise.child("step", 7)
+    >>> first = step.normal(shape=(3,), like=like)
+    >>> torch.equal(first, step.normal(shape=(3,), like=like))
+    True
+    >>> torch.equal(first[2:], step[2:].normal(shape=(3,), like=like))
+    True
     """
 
     __slots__ = ("keys", "slots")

@@ -51,6 +51,11 @@ class Ball:
         eps: another radius than the threat's (for an eps curve), in pixel units.
 
     Projected points lie in the ball and the box when measured in float64, not only up to rounding.
+
+    >>> from fractions import Fraction
+    >>> ball = Ball(ThreatModel("linf", Fraction(1, 4)), torch.tensor([[0.0, 0.5]]))
+    >>> ball.project(torch.tensor([[-1.0, 1.0]]))
+    tensor([[0.0000, 0.7500]])
     """
 
     def __init__(self, threat: ThreatModel, x: Tensor, *, eps: float | None = None) -> None:

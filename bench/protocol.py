@@ -135,7 +135,7 @@ _RULES_2026_1 = (
     ),
     Rule(
         "autoattack", "autoattack", "autoattack", "deterministic", "the authors' own AutoAttack, standard",
-        {name: {"version": "standard"} for name in PROFILES},
+        {name: {"version": "standard"} for name in PROFILES}, min_classes=4,
     ),
     Rule(
         "square", "square", "black-box", "any", "needs no gradient, so masking can't stop it",

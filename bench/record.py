@@ -222,7 +222,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def write_record(record: Record, path: Path) -> None:
     """Writes a sealed record as readable, strict JSON."""
-    text = json.dumps(record.as_json(), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(record.as_json(), indent=1, allow_nan=False, ensure_ascii=False)
     write_atomically(path, text.encode() + b"\n")
 
 
@@ -242,9 +242,10 @@ def read_record(path: Path, *, files: bool = False) -> Record:
     try:
         plain = json.loads(path.read_text(), parse_constant=_refuse_constant)
         record = Record.model_validate(plain)
+        found = _digest(plain)
     except (ValueError, ValidationError) as error:
         raise InputError(f"{path} is not a valid record: {error}") from error
-    if _digest(plain) != record.digest:
+    if found != record.digest:
         raise IntegrityError(f"{path} was changed after it was written: its digest says {record.digest}.")
     if files:
         for name, expected in record.files.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -152,6 +153,12 @@ def _as_spec(thing: Any, name: str, file: str | None) -> DefenseSpec:
     if isinstance(thing, DefenseSpec):
         return thing if thing.source else DefenseSpec(thing.card, thing.load, source, thing.weight_files)
     if isinstance(thing, type) and issubclass(thing, nn.Module):
+        try:
+            inspect.signature(thing).bind()
+        except TypeError as error:
+            raise InputError(
+                f"{name!r} is a class that can't be made without arguments: {error}. Name an instance."
+            ) from error
         thing = thing()
     if isinstance(thing, Defense):
         return DefenseSpec(thing.card, lambda dataset: thing, source)

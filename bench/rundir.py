@@ -44,29 +44,32 @@ class RunDir:
     def __init__(self, path: Path, plan: Mapping[str, Any]) -> None:
         self.path = path
         self.plan_digest = sha256_of_json(plan)
+        self._plan = json.loads(canonical_json(plan))
         (path / "shards").mkdir(parents=True, exist_ok=True)
-        file = path / "plan.json"
-        if file.is_file():
-            try:
-                found = json.loads(file.read_text())
-            except ValueError as error:
-                raise IntegrityError(f"{file} is not readable JSON: {error}") from error
-            changes = differences(found, json.loads(canonical_json(plan)))
-            if changes:
-                listed = "\n  ".join(changes[:12])
-                raise InputError(
-                    f"{path} holds a run with another plan, so it can't be resumed:\n  {listed}\n"
-                    f"Give another --out, or remove that folder to start anew."
-                )
-        else:
-            write_atomically(file, json.dumps(plan, indent=1, sort_keys=True).encode() + b"\n")
+        if not (path / "plan.json").is_file():
+            write_atomically(path / "plan.json", json.dumps(self._plan, indent=1, sort_keys=True).encode() + b"\n")
+        self._refuse_another_plan()
+
+    def _refuse_another_plan(self) -> None:
+        file = self.path / "plan.json"
+        try:
+            found = json.loads(file.read_text())
+        except ValueError as error:
+            raise IntegrityError(f"{file} is not readable JSON: {error}") from error
+        changes = differences(found, self._plan)
+        if changes:
+            listed = "\n  ".join(changes[:12])
+            raise InputError(
+                f"{self.path} holds a run with another plan, so it can't be resumed:\n  {listed}\n"
+                f"Give another --out, or remove that folder to start anew."
+            )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run for this process; the lock dies with it.
+        """Holds the run for this process; the lock dies with it. Clears away what a killed one left half written.
 
         Raises:
-            InputError: where another process holds it.
+            InputError: where another process holds it, or was first to write another plan.
         """
         with (self.path / ".lock").open("w") as file:
             try:
@@ -75,6 +78,9 @@ class RunDir:
                 raise InputError(
                     f"another process is working on {self.path}; wait for it or give another --out."
                 ) from error
+            self._refuse_another_plan()
+            for debris in [*self.path.glob(".*.tmp"), *(self.path / "shards").glob(".*.tmp")]:
+                debris.unlink()
             yield
 
     def shard_file(self, shard: int) -> Path:

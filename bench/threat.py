@@ -22,6 +22,12 @@ _FRACTION = re.compile(r"\d+(/[1-9]\d*)?")
 def parse_eps(text: str | int | Fraction) -> Fraction:
     """An exact radius from `"8/255"`, `"1"`, an int or a Fraction.
 
+    >>> parse_eps("8/255")
+    Fraction(8, 255)
+    >>> parse_eps("0.031")
+    Traceback (most recent call last):
+    assay.errors.InputError: eps must be an exact fraction such as '8/255', got '0.031'. Write it as '8/255'?
+
     Raises:
         InputError: for a decimal (the nearest fraction is suggested), a float, a negative number
             or anything else. `0.031` is not 8/255, and rows measured at the two are not comparable.

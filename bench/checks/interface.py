@@ -1,4 +1,4 @@
-"""`interface`: logits `(n, k)`, finite, floating point, for any batch size."""
+"""`interface`: logits `(n, k)`, finite, floating point, for any batch size; the images are left as they were."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from assay.finding import Finding
 def check(subject: Subject) -> Finding:
     """Calls the defense on the whole batch, on one image and on none.
 
-    Fails for an exception, a wrong shape or dtype, or a value that is not finite: nothing later
-    could tell such an answer from robustness. Costs n + 1 forward calls.
+    Fails for an exception, a wrong shape or dtype, a value that is not finite, or images changed
+    in place: nothing later could tell such an answer from robustness. Costs n + 1 forward calls.
     """
     k = subject.defense.n_classes
+    images = subject.x.clone()
     for rows in (slice(None), slice(0, 1), slice(0, 0)):
         expected = (len(subject.x[rows]), k)
         ids = tuple(subject.ids[rows])
@@ -31,6 +32,10 @@ def check(subject: Subject) -> Finding:
         if not bool(finite.all()):
             bad = subject.ids_of(~finite) if rows == slice(None) else ids
             return _failed("expected finite logits, got NaN or infinity", bad)
+    changed = (subject.x != images).flatten(1).any(1)
+    if bool(changed.any()):
+        subject.x.copy_(images)
+        return _failed("it changes its input in place", subject.ids_of(changed))
     return Finding(check="interface", status="pass", message="Logits (n, k), finite, for any batch size.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
 from assay.checks.subject import Subject
 from assay.finding import Finding
@@ -23,9 +24,9 @@ def check(subject: Subject) -> Finding:
             status="fail",
             message=f"Modules in training mode: {', '.join(training[:5])}. Call eval() before handing it over.",
         )
-    before = {name: tensor.clone() for name, tensor in subject.defense.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in _state(subject.defense).items()}
     subject.answer()
-    after = subject.defense.state_dict()
+    after = _state(subject.defense)
     moved = [name for name, tensor in before.items() if name not in after or not torch.equal(tensor, after[name])]
     return Finding(
         check="modes",
@@ -38,3 +39,8 @@ def check(subject: Subject) -> Finding:
             else "Evaluation mode throughout; a forward pass changes no parameter or buffer."
         ),
     )
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; unlike the state dict, with the buffers that are not saved."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
