@@ -9,8 +9,9 @@ from importlib import metadata, resources
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from assay.digest import sha256_of_file, sha256_of_json
+from assay.digest import sha256_of_bytes, sha256_of_file, sha256_of_json
 
 PACKAGES = ("torch", "numpy", "scipy", "diffusers", "datasets", "scikit-learn", "pyautoattack", "safetensors")
 
@@ -27,6 +28,21 @@ def code_sha256() -> str:
         for file in sorted(folder.glob("*.py")):
             hashes[f"{package}/{file.name}"] = sha256_of_file(file)
     return sha256_of_json(hashes)
+
+
+def state_sha256(module: nn.Module) -> str:
+    """One digest over a module's parameters and buffers, whatever files they came from."""
+    state = dict(module.named_parameters()) | dict(module.named_buffers())
+    contents = [
+        [name, str(value.dtype), list(value.shape), sha256_of_bytes(_bytes(value))]
+        for name, value in sorted(state.items())
+    ]
+    return sha256_of_json(contents)
+
+
+def _bytes(value: torch.Tensor) -> bytes:
+    content: bytes = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return content
 
 
 def package_versions() -> dict[str, str]:

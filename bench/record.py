@@ -157,8 +157,9 @@ class Record(Strict):
 
     Attributes:
         results: None where a preflight check failed before anything was measured.
-        outcome_sha256: the digest of everything that does not depend on the wall clock. Two runs
-            of one plan on the same hardware, interrupted or not, agree in it.
+        outcome_sha256: the digest of everything that depends neither on the wall clock nor on the
+            state of the checkout (the code has its own digest). Two runs of one plan on the same
+            hardware, interrupted or not, agree in it.
         digest: the digest of the whole record, its own field left out.
     """
 
@@ -179,7 +180,7 @@ class Record(Strict):
         """This record with its digests filled in; `samples` is the per-sample outcome, as plain JSON data."""
         plain = self.as_json()
         timeless = {key: value for key, value in plain.items() if key not in ("digest", "outcome_sha256", "files")}
-        outcome = sha256_of_json([_without_clock(timeless), self.files.get(BUNDLE, ""), samples])
+        outcome = sha256_of_json([_without_incidentals(timeless), self.files.get(BUNDLE, ""), samples])
         plain["outcome_sha256"] = outcome
         return self.model_copy(update={"outcome_sha256": outcome, "digest": _digest(plain)})
 
@@ -195,10 +196,13 @@ class Record(Strict):
         return complete and self.verdict in ("verified", "flagged")
 
 
-def _without_clock(value: Any) -> Any:
+_INCIDENTAL = ("seconds", "started", "finished", "commit", "dirty")
+
+
+def _without_incidentals(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_clock(v) for k, v in value.items() if k not in ("seconds", "started", "finished")}
-    return [_without_clock(item) for item in value] if isinstance(value, list) else value
+        return {k: _without_incidentals(v) for k, v in value.items() if k not in _INCIDENTAL}
+    return [_without_incidentals(item) for item in value] if isinstance(value, list) else value
 
 
 def _digest(plain: dict[str, Any]) -> str:
@@ -240,8 +244,9 @@ def read_record(path: Path, *, files: bool = False) -> Record:
     if not path.is_file():
         raise InputError(f"no record at {path}; expected record.json or the folder that holds it.")
     try:
-        plain = json.loads(path.read_text(), parse_constant=_refuse_constant)
-        record = Record.model_validate(plain)
+        text = path.read_text()
+        plain = json.loads(text, parse_constant=_refuse_constant)
+        record = Record.model_validate_json(text, strict=True)
         found = _digest(plain)
     except (ValueError, ValidationError) as error:
         raise InputError(f"{path} is not a valid record: {error}") from error

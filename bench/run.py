@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from assay import __version__, provenance
+from assay import __version__, data, provenance
 from assay.board import Board, load_board
 from assay.defense import DefenseSpec
 from assay.digest import ids_digest, sha256_of_bytes, sha256_of_file
@@ -64,7 +64,13 @@ class Prepared:
             "assay": __version__,
             "code_sha256": provenance.code_sha256(),
             "packages": provenance.package_versions(),
-            "defense": {"name": self.name, **self.defense_ref.model_dump(mode="json", exclude={"name"})},
+            "defense": {
+                "name": self.name,
+                **self.defense_ref.model_dump(mode="json", exclude={"name"}),
+                # Foreign code loads its weights from wherever it likes: what was loaded counts.
+                "state_sha256": provenance.state_sha256(job.defense),
+            },
+            "transfer_source": provenance.state_sha256(job.source) if job.source is not None else None,
             "board": self.board_ref.model_dump(mode="json"),
             "protocol": self.protocol_ref.model_dump(mode="json"),
             "attacks": {attack.name: dict(attack.options) for attack in job.planned},
@@ -143,8 +149,16 @@ def prepare(
     if not 1 <= size <= len(board.ids):
         raise InputError(f"--n must lie in 1 to {len(board.ids)}, the size of {board.name}; got {size}.")
     check_device(device)
+    dataset = data.describe(board.dataset)
+    if board.revision != dataset.revision:
+        raise InputError(
+            f"{board.name} is made of revision {board.revision} of {board.dataset}, this version of assay reads "
+            f"{dataset.revision}: other images, so another board."
+        )
     spec = resolve_defense(name, trust=trust)
     defense = spec.build(board.dataset, device)
+    if defense.n_classes < dataset.n_classes:
+        raise InputError(f"{name} has {defense.n_classes} classes, {board.dataset} has {dataset.n_classes}.")
     mandatory = protocol.plan(defense.card, defense.n_classes, profile)
     unknown = [attack for attack in only if attack not in {planned.name for planned in mandatory}]
     if unknown:
@@ -251,7 +265,7 @@ def _write(record: Record, out: Path, files: Mapping[str, bytes]) -> Record:
 
 
 def publish_record(run: Path, leaderboards: Path) -> Path:
-    """Copies a finished run's record and files to `records/BOARD/DEFENSE/` of a leaderboards folder.
+    """Copies a finished run's record and files to `records/BOARD/DEFENSE/PROFILE/` of a leaderboards folder.
 
     Raises:
         InputError: for a folder without boards, or an incomplete record.
@@ -263,7 +277,8 @@ def publish_record(run: Path, leaderboards: Path) -> Path:
     if record.verdict == "incomplete":
         missing = ", ".join(record.protocol.missing)
         raise InputError(f"the record of {record.defense.name} is incomplete ({missing}); it can't stand on a board.")
-    folder = leaderboards / "records" / record.board.name / record.defense.card.name.replace("/", "--")
+    name = record.defense.card.name.replace("/", "--")
+    folder = leaderboards / "records" / record.board.name / name / record.protocol.profile
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*record.files, RECORD):
         write_atomically(folder / name, (run / name).read_bytes())

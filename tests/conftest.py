@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +18,11 @@ from assay.noise import Noise
 
 # Two busy processes on two cores slow each other down tenfold when each takes both.
 torch.set_num_threads(1)
+
+# A folder of data sets beside the checkout is used when there is one and nobody names another.
+_BESIDE = Path(__file__).parents[2] / "shared" / "data"
+if (_BESIDE / "cifar10").is_dir():
+    os.environ.setdefault("ASSAY_DATA", str(_BESIDE))
 
 
 class LinearDefense(Defense):
@@ -42,3 +53,40 @@ def linear() -> LinearDefense:
 def images() -> Tensor:
     """64 images `(64, 1, 4, 4)` in [0, 1]."""
     return torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+ZOO = Path(__file__).with_name("defense_zoo.py")
+
+
+@pytest.fixture(scope="session")
+def zoo() -> ModuleType:
+    """`defense_zoo.py`, whose defenses are also given to the harness as `path.py:object`."""
+    spec = importlib.util.spec_from_file_location("defense_zoo", ZOO)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def toy_source(zoo: ModuleType) -> Iterator[str]:
+    """A registered defense that toy boards transfer from, so that no weight file is needed."""
+    from assay.defense import DefenseSpec
+    from assay.registry import DEFENSES
+
+    entries = DEFENSES._entries
+    entries["toy-source"] = DefenseSpec(zoo.LINEAR.card, lambda dataset: zoo.Linear("toy-source"))
+    yield "toy-source"
+    del entries["toy-source"]
+
+
+@pytest.fixture(scope="session")
+def toy_run(zoo: ModuleType, toy_source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished, complete quick run of the stochastic toy; copy it before changing it."""
+    from assay.run import execute, prepare
+
+    folder = tmp_path_factory.mktemp("toy") / "run"
+    prepared = prepare(f"{ZOO}:ABSTAINING", zoo.board(source=toy_source), trust=True)
+    execute(prepared, folder)
+    return folder

@@ -28,7 +28,16 @@ def preflight(subject: Subject, names: Iterable[str]) -> Sequence[Finding]:
     findings: list[Finding] = []
     for name, check in PREFLIGHT.items():
         if name in wanted:
-            findings.append(check(subject))
+            findings.append(_examine(name, check, subject))
             if name == "interface" and findings[-1].status == "fail":
                 break
     return findings
+
+
+def _examine(name: str, check: Callable[[Subject], Finding], subject: Subject) -> Finding:
+    try:
+        return check(subject)
+    # Whatever a defense raises once `interface` has passed is as much a finding as what it answers.
+    except Exception as error:
+        message = f"The defense raised {type(error).__name__} while it was examined: {error}"
+        return Finding(check=name, status="fail", samples=tuple(subject.ids), message=message)

@@ -41,5 +41,8 @@ class Subject:
 
 
 def gap(a: Tensor, b: Tensor) -> Tensor:
-    """`(n,)`: the largest difference of two batches of probabilities, which no scale of logits hides."""
-    return (a.double().softmax(1) - b.double().softmax(1)).abs().amax(1)
+    """`(n,)`: the largest difference of two batches of probabilities, which no scale of logits hides.
+
+    1, the most there can be, where either is not finite.
+    """
+    return (a.double().softmax(1) - b.double().softmax(1)).abs().amax(1).nan_to_num(nan=1.0)
