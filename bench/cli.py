@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 EXIT: dict[Verdict, int] = {"verified": 0, "flagged": 0, "failed": 3, "incomplete": 4}
 """Exit codes of `assay run`; 2 is a bad argument, 1 a crash (the run resumes)."""
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="assay",
@@ -234,9 +235,10 @@ def main(arguments: list[str] | None = None) -> Any:
     except AssayError as error:
         typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.secho("interrupted; the same command resumes the run.", err=True)
-        sys.exit(130)
+    except SystemExit as leaving:
+        if leaving.code == _INTERRUPTED:  # typer has turned the KeyboardInterrupt into its exit code
+            typer.secho("interrupted; the same command resumes the run.", err=True)
+        raise
 
 
 if __name__ == "__main__":

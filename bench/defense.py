@@ -21,7 +21,8 @@ __all__ = ["Card", "Defense", "DefenseSpec", "ForeignModule", "Handle", "Stages"
 class Stages:
     """The two halves of a purifying defense.
 
-    `purify(x, noise) -> (n, c, h, w)` in [0, 1], and `classify(x, noise) -> logits (n, k)`.
+    `purify(x, noise) -> (n, c, h, w)`, about in [0, 1] (a purifier need not clip), and
+    `classify(x, noise) -> logits (n, k)`.
     """
 
     purify: Callable[[Tensor, Noise], Tensor]
@@ -65,6 +66,10 @@ class Defense(nn.Module):
     def components(self) -> Mapping[str, Callable[[Tensor, Noise], Tensor]]:
         """Named inner classifiers `(x, noise) -> logits (n, k)`, for transfer attacks."""
         raise NotImplementedError("this defense has no components handle")
+
+    def votes(self) -> Votes:
+        """How many draws the defense itself averages, and how."""
+        return self.card.votes
 
 
 def aggregate(logits: Tensor, votes: Votes) -> Tensor:

@@ -100,6 +100,7 @@ def plan(prepared: Prepared, seconds: Mapping[str, float]) -> None:
     table = Table("mandatory attack", "why", "forward", "backward", "at most", box=None, pad_edge=False)
     for column in (2, 3, 4):
         table.columns[column].justify = "right"
+    total = sum(seconds[stage] for stage in job.stages) * n
     for attack in prepared.mandatory:
         why = "\n".join(escape(reason) for reason in attack.reasons)
         if attack.name in prepared.missing:
@@ -108,21 +109,26 @@ def plan(prepared: Prepared, seconds: Mapping[str, float]) -> None:
             )
             continue
         table.add_row(
-            attack.name, why, f"{attack.forward:,}", f"{attack.backward:,}", duration(seconds[attack.name] * n)
-        )
+            attack.name, why, f"{attack.forward:,}", f"{attack.backward:,}",
+            duration(seconds[attack.name] * n) if total else "?",
+        )  # fmt: skip
     console.print(table)
-    total = sum(seconds[stage] for stage in job.stages) * n
-    console.print(f"forward and backward: calls per sample. Estimated time: at most {duration(total)}.")
+    most = f"at most {duration(total)}" if total else "unknown, the defense fails"
+    console.print(f"forward and backward: calls per sample. Estimated time: {most}.")
 
 
 class Progress:
     """A bar over all stages of all shards, weighted by their estimated time; prints the plan first."""
 
     def __init__(self, prepared: Prepared) -> None:
+        from assay.errors import DefenseError
         from assay.estimate import seconds_per_sample
 
         self._prepared = prepared
-        self._seconds = seconds_per_sample(prepared.job)
+        try:
+            self._seconds = seconds_per_sample(prepared.job)
+        except DefenseError:  # for the preflight checks to say: here nothing is known of its speed
+            self._seconds = dict.fromkeys(prepared.job.stages, 0.0)
         self._sizes = [len(shard) for shard in prepared.job.shards]
         self._weights = {
             (i, stage): self._seconds[stage] * size

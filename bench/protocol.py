@@ -129,7 +129,7 @@ _RULES_2026_1 = (
     ),
     Rule(
         "apgd-t", "apgd", "apgd", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "targets": 1, "eot": 8}, {"steps": 50, "targets": 2, "eot": 20},
+        _budget({"steps": 15, "targets": 1, "eot": 8}, {"steps": 50, "targets": 1, "eot": 20},
                 fixed={"loss": "dlr-targeted"}),
         min_classes=4,
     ),

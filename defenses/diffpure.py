@@ -1,9 +1,10 @@
 """DiffPure (Nie et al. 2022, arXiv 2205.07460): diffuse the image to a level t*, denoise it back, classify.
 
 On digits: a small class-unconditional U-Net under the linear DDPM schedule, T = 1000, ancestral
-steps on a respaced grid, and the undefended classifier, which never saw a purified image. As in the
-authors' code the purified image is not clipped before the classifier. Level and steps were chosen
-on training images held out for that purpose, never on a board's.
+steps on a respaced grid, and the undefended classifier, which never saw a purified image. The
+purified image is not clipped before the classifier, so it may leave [0, 1] by a few hundredths: a
+clip would end the gradient of every saturated pixel, of which digits have many. Level and steps
+were chosen on training images held out for that purpose, never on a board's.
 """
 
 from __future__ import annotations

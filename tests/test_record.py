@@ -225,7 +225,7 @@ def boards(tmp_path: Path) -> Path:
 
 def test_publishing_copies_the_record_and_its_files(run: Path, boards: Path) -> None:
     folder = publish_record(run, boards)
-    assert folder == boards / "records" / "toy" / "toy-abstaining"
+    assert folder == boards / "records" / "toy" / "toy-abstaining" / "quick"
     assert {path.name for path in folder.iterdir()} == {RECORD, SAMPLES, BUNDLE}
     assert read_record(folder, files=True) == read_record(run)
     assert publish_record(run, boards) == folder

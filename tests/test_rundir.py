@@ -73,15 +73,8 @@ def test_any_edited_byte_is_noticed(store: RunDir) -> None:
         edited = bytearray(content)
         edited[position] ^= 1
         file.write_bytes(bytes(edited))
-        try:
-            found = store.read(file)
-        except IntegrityError as error:
-            assert "0000.pgd.part" in str(error)
-        else:  # a byte that carries nothing, such as padding: then what is read is what was written
-            assert found is not None
-            assert {name: value.tolist() for name, value in found.items()} == {
-                name: value.tolist() for name, value in arrays().items()
-            }
+        with pytest.raises(IntegrityError, match=r"0000\.pgd\.part"):
+            store.read(file)
 
 
 def test_a_shard_of_another_run_or_another_place_is_refused(store: RunDir, tmp_path: Path) -> None:
