@@ -203,8 +203,12 @@ class Protocol:
         resolved["samples"] = self.samples[profile]
         return sha256_of_json({"profile": profile, **resolved})
 
-    def plan(self, card: Card, n_classes: int, profile: ProfileName) -> tuple[PlannedAttack, ...]:
-        """The mandatory attacks for a defense, in the cascade's order, with their reasons."""
+    def plan(self, card: Card, n_classes: int, profile: ProfileName, *, source: str = "") -> tuple[PlannedAttack, ...]:
+        """The mandatory attacks for a defense, in the cascade's order, with their reasons.
+
+        `source` is the board's undefended model: its own adversarial examples are no transfer, so
+        that model is exempt from them.
+        """
         held = {"any", *card.traits.names()} | (set() if card.traits.stochastic else {"deterministic"})
         planned: dict[str, tuple[Rule, list[str]]] = {}
         for rule in self.rules:
@@ -212,6 +216,8 @@ class Protocol:
                 continue
             if rule.trait == "stochastic" and rule.name not in planned:
                 continue  # it modifies an attack that another trait asks for
+            if card.name == source and rule.options[profile].get("source") == "board":
+                continue
             if rule.where_offered and not set(rule.handles) <= set(card.handles):
                 continue
             reasons = [*planned[rule.name][1]] if rule.name in planned else []
