@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from assay.attack import Evaluation, Forward, Loss, Target
-from assay.attacks.losses import NamedLoss, margin
+from assay.attacks.losses import NamedLoss, margin, pick
+from assay.card import Votes
+from assay.defense import aggregate
 from assay.errors import InputError
 from assay.noise import Noise
 
@@ -40,16 +43,29 @@ def mean_answer(logits: Tensor) -> Tensor:
     return logits[:, 0] if logits.shape[1] == 1 else logits.log_softmax(-1).logsumexp(1)
 
 
-def wrong_share(logits: Tensor, y: Tensor) -> Tensor:
-    """The share of draws `(n, draws, k)` whose answer is not `y`, `(n,)` float64."""
-    return (logits.argmax(-1) != y[:, None]).double().mean(1)
+def badness(logits: Tensor, y: Tensor, votes: Votes) -> Tensor:
+    """One number to rank candidates by, `(n,)` float64: draws `(n, draws, k)` first, then the mean answer's margin.
+
+    What counts of the draws is the share whose answer is not `y`; under a majority vote, by how
+    much the leading wrong class's share exceeds that of `y`. A defense that averages logits or
+    probabilities is judged by the margin of that average alone.
+    """
+    averaged = votes.draws > 1 and votes.how != "majority"
+    slack = margin(aggregate(logits, votes) if averaged else mean_answer(logits), y).double()
+    squashed = slack / (1 + slack.abs())
+    if averaged:
+        return squashed
+    answers = F.one_hot(logits.argmax(-1), logits.shape[-1]).double().mean(1)
+    counted = 1 - pick(answers, y) if votes.draws == 1 else margin(answers, y)
+    # In a quarter of one draw's weight, the margin can never outrank a draw.
+    return counted + 0.25 / logits.shape[1] * squashed
 
 
-def badness(logits: Tensor, y: Tensor) -> Tensor:
-    """One number to rank candidates by: the share of wrong draws, ties broken by the mean answer's margin; `(n,)`."""
-    slack = margin(mean_answer(logits), y).double()
-    # Squashed into a quarter of one draw's weight, the margin can never outrank a draw.
-    return wrong_share(logits, y) + 0.25 / logits.shape[1] * slack / (1 + slack.abs())
+def all_wrong(logits: Tensor, y: Tensor, votes: Votes) -> Tensor:
+    """Whether no draw of a sample's answer is right, nor what the defense makes of them together; `(n,)`."""
+    wrong = (logits.argmax(-1) != y[:, None]).all(1)
+    # The mean of logits that are all wrong, each in favour of another class, can be right.
+    return wrong & (aggregate(logits, votes).argmax(-1) != y) if votes.draws > 1 else wrong
 
 
 class Standing:
@@ -83,6 +99,7 @@ class Standing:
     ) -> None:
         require_positive(eot=eot)
         self.target, self.x, self.y, self.noise = target, x, y, noise
+        self._votes = target.card.votes
         self.draws = eot if target.stochastic else 1
         self._forward, self._judge, self._stop = forward, judge, stop
         self._second = max(eot, CONFIRMING_DRAWS) if target.stochastic else 1
@@ -111,9 +128,8 @@ class Standing:
         aims: list[Tensor | None] = [None]
         if loss.targeted:
             logits, _ = self.look(self.rows, self.x, self.noise.child("clean"))
-            order = (
-                mean_answer(logits).scatter(1, self.y[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
-            )
+            others = mean_answer(logits).scatter(1, self.y[:, None], -torch.inf)
+            order = others.argsort(dim=1, descending=True, stable=True)
             aims = list(order.T[: min(targets, self.target.n_classes - 1)])
         for restart in range(restarts):
             for i, aim in enumerate(aims):
@@ -139,14 +155,14 @@ class Standing:
         return logits, self._see(rows, z, logits, drawn)
 
     def _see(self, rows: Tensor, z: Tensor, logits: Tensor, noise: Noise) -> Tensor:
-        score = badness(logits, self.y[rows])
+        score = badness(logits, self.y[rows], self._votes)
         weakest, slot = self._scores[rows].min(1)
         better = score > weakest
         self._points[rows[better], slot[better]] = z[better]
         self._scores[rows[better], slot[better]] = score[better]
         if not self._stop:
             return torch.ones_like(better)
-        broken = (logits.argmax(-1) != self.y[rows, None]).all(1)
+        broken = all_wrong(logits, self.y[rows], self._votes)
         if not self._certain:
             broken = self._confirm(rows, z, broken, noise)
         if bool(broken.any()):
@@ -161,7 +177,7 @@ class Standing:
         if len(due):
             second = noise.child("confirm")[due]
             logits = self.target.draws(z[due], second, self._second, forward=self._judge)
-            confirmed[due] = (logits.argmax(-1) != self.y[rows[due], None]).all(1)
+            confirmed[due] = all_wrong(logits, self.y[rows[due]], self._votes)
             self._patience[rows[due]] *= 2
             self._wait[rows[due]] = self._patience[rows[due]]
         return confirmed
@@ -177,6 +193,6 @@ class Standing:
             index = rows.repeat_interleave(keep)
             fresh = self.noise.child("select")[index]
             logits = self.target.draws(self._points[rows].flatten(0, 1), fresh, self._second, forward=self._judge)
-            choice = badness(logits, self.y[index]).view(-1, keep).argmax(1)
+            choice = badness(logits, self.y[index], self._votes).view(-1, keep).argmax(1)
             self._points[rows, 0] = self._points[rows, choice]
         return self._points[:, 0].clone()

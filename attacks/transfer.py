@@ -71,7 +71,8 @@ def transfer(
         return candidates[0]
     draws = max(eot, CONFIRMING_DRAWS) if source.stochastic else 1
     fresh = noise.child("select")
-    scores = torch.stack([badness(source.draws(z, fresh, draws, forward=classify), y) for z in candidates])
+    answers = [source.draws(z, fresh, draws, forward=classify) for z in candidates]
+    scores = torch.stack([badness(logits, y, source.card.votes) for logits in answers])
     return torch.stack(candidates)[scores.argmax(0), torch.arange(len(x), device=x.device)]
 
 

@@ -159,7 +159,9 @@ def prepare(
     defense = spec.build(board.dataset, device)
     if defense.n_classes < dataset.n_classes:
         raise InputError(f"{name} has {defense.n_classes} classes, {board.dataset} has {dataset.n_classes}.")
-    mandatory = protocol.plan(defense.card, defense.n_classes, profile, source=board.source)
+    # A card may call itself what it likes: only the registered model is exempt from its own transfer.
+    source = board.source if name == board.source else ""
+    mandatory = protocol.plan(defense.card, defense.n_classes, profile, source=source)
     unknown = [attack for attack in only if attack not in {planned.name for planned in mandatory}]
     if unknown:
         known = nearest(unknown[0], [planned.name for planned in mandatory])

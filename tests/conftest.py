@@ -76,7 +76,7 @@ def toy_source(zoo: ModuleType) -> Iterator[str]:
     from assay.registry import DEFENSES
 
     entries = DEFENSES._entries
-    entries["toy-source"] = DefenseSpec(zoo.LINEAR.card, lambda dataset: zoo.Linear("toy-source"))
+    entries["toy-source"] = DefenseSpec(zoo.NAMESAKE.card, lambda dataset: zoo.Linear("toy-source"))
     yield "toy-source"
     del entries["toy-source"]
 

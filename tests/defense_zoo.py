@@ -113,6 +113,7 @@ ABSTAINING = Abstaining()
 SLOW = Abstaining(name="toy-slow", pause=float(os.environ.get("ASSAY_TEST_PAUSE", "0.02")))
 CRASH, SHAPE, NAN = (Misbehaving(fault) for fault in ("crash", "shape", "nan"))
 LATE_CRASH, LATE_NAN = (Misbehaving(fault, late=True) for fault in ("crash", "nan"))
+NAMESAKE = Linear("toy-source")
 FEW_CLASSES = Linear("toy-few", n_classes=5)
 
 

@@ -14,14 +14,14 @@ from assay.attack import Evaluation, Target
 from assay.attacks import losses
 from assay.attacks.apgd import apgd, checkpoints
 from assay.attacks.bpda import bpda
-from assay.attacks.eot import Standing
+from assay.attacks.eot import Standing, all_wrong, badness
 from assay.attacks.pgd import pgd
 from assay.attacks.square import square
 from assay.attacks.surrogate import surrogate
 from assay.attacks.through_chain import through_chain
 from assay.attacks.transfer import transfer
 from assay.attacks.uniform import uniform
-from assay.card import Card, Handle, Traits
+from assay.card import Card, Handle, Traits, Votes
 from assay.chain import Chain
 from assay.defense import Defense, Stages
 from assay.errors import InputError
@@ -491,6 +491,30 @@ def test_the_choice_rests_on_draws_that_had_no_part_in_the_search() -> None:
     for i, value in enumerate((bad, good, bad)):
         standing.look(standing.rows, torch.full_like(x, value), noise.child(i))
     assert (standing.result()[:, 0, 0, 0] == good).all()
+
+
+def test_badness_ranks_draws_before_margins_and_votes_as_the_defense_does() -> None:
+    y = torch.tensor([0, 0])
+    # Two draws, three classes. The first sample is wrong once, narrowly; the second never, however narrowly.
+    logits = torch.tensor([[[1.0, 1.1, 0], [9, 0, 0]], [[1.1, 1.0, 0], [1.1, 1.0, 0]]], dtype=torch.float64)
+    one = badness(logits, y, Votes())
+    assert one[0] > one[1]
+    # Averaged logits turn it round: nine units of margin against a tenth.
+    mean = badness(logits, y, Votes(draws=8, how="logits"))
+    assert mean[0] < mean[1]
+    # A majority vote that its wrong draws split between two classes stands; one that they agree on falls.
+    split = torch.eye(3, dtype=torch.float64)[torch.tensor([[0, 0, 1, 2, 2], [0, 0, 1, 1, 1]])]
+    plain, voted = badness(split, y, Votes()), badness(split, y, Votes(draws=5, how="majority"))
+    assert (plain[0] - plain[1]).abs() < 0.25 / 5
+    assert voted[1] - voted[0] > 0.15
+
+
+def test_all_wrong_answers_whose_mean_is_right_are_no_success() -> None:
+    logits = torch.tensor([[[9.0, 10, 0], [9.0, 0, 10]]])
+    y = torch.tensor([0])
+    assert all_wrong(logits, y, Votes())
+    assert not all_wrong(logits, y, Votes(draws=8, how="logits"))
+    assert all_wrong(logits, y, Votes(draws=8, how="majority"))
 
 
 def test_square_is_not_fooled_by_lucky_draws() -> None:

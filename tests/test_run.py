@@ -44,11 +44,12 @@ def ready(zoo: ModuleType) -> Callable[..., Prepared]:
 
 
 def timeless(record: Record) -> dict[str, Any]:
-    """All of a record's fields but those that a clock writes."""
+    """All of a record's fields but those that a clock or a commit meanwhile writes."""
+    incidental = ("seconds", "started", "finished", "digest", "commit", "dirty")
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k not in ("seconds", "started", "finished", "digest")}
+            return {k: strip(v) for k, v in value.items() if k not in incidental}
         return [strip(item) for item in value] if isinstance(value, list) else value
 
     plain: dict[str, Any] = strip(record.as_json())
@@ -180,6 +181,14 @@ def test_what_the_caller_can_correct_is_refused(zoo: ModuleType, change: dict[st
     with pytest.raises(InputError) as error:
         prepare(f"{ZOO}:{name}", zoo.board(**{**sizes, **change}), trust=True, **options)
     assert says in str(error.value)
+
+
+def test_only_the_registered_source_is_exempt_from_its_own_transfer(zoo: ModuleType, toy_source: str) -> None:
+    board = zoo.board(source=toy_source)
+    assert "transfer" not in {attack.name for attack in prepare(toy_source, board).mandatory}
+    namesake = prepare(f"{ZOO}:NAMESAKE", board, trust=True)
+    assert namesake.spec.card.name == DEFENSES[toy_source].card.name == toy_source
+    assert "transfer" in {attack.name for attack in namesake.mandatory}
 
 
 def test_foreign_code_needs_a_word(zoo: ModuleType) -> None:
@@ -350,10 +359,10 @@ def test_an_interruption_at_any_moment_changes_nothing(ready: Callable[..., Prep
 
 @pytest.fixture
 def command(zoo: ModuleType, tmp_path: Path) -> list[str]:
-    board = zoo.write_board(tmp_path, zoo.board(n=21, shard=7, draws=10))
+    board = zoo.write_board(tmp_path, zoo.board(n=21, shard=3, draws=10))
     return [
         sys.executable, "-m", "assay.cli", "run", f"{ZOO}:SLOW", "--trust", "--threads", "1", "--board", str(board),
-        *(word for name in ("uniform", "apgd-ce", "pgd", "square") for word in ("--attack", name)),
+        *(word for name in ("uniform", "apgd-ce", "pgd") for word in ("--attack", name)),
     ]  # fmt: skip
 
 
@@ -378,15 +387,19 @@ def started(command: list[str], out: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.slow
 def test_kill_9_ten_times_changes_nothing(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ASSAY_TEST_PAUSE", "0.03")
+    monkeypatch.setenv("ASSAY_TEST_PAUSE", "0.04")
     subprocess.run([*command, "--out", str(tmp_path / "whole")], stdout=subprocess.DEVNULL, check=False)
     rng = random.Random(0)
     torn = tmp_path / "torn"
+    found = set()
     for _ in range(10):
         for process in started(command, torn):
-            time.sleep(rng.uniform(0, 1.5))
+            time.sleep(rng.uniform(0, 2))
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
+        found.add(tuple(sorted(path.name for path in torn.rglob("*") if not path.name.startswith("."))))
+    assert len(found) >= 4  # it was killed at work, and went on from where it was
+    assert not (torn / RECORD).exists()
     done = subprocess.run([*command, "--out", str(torn)], stdout=subprocess.DEVNULL, check=False)
     assert done.returncode == 4
     assert_same_outcome(torn, tmp_path / "whole")
