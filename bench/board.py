@@ -8,9 +8,9 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from assay.card import Strict
+from assay.card import SLUG, Strict
 from assay.digest import ids_digest
 from assay.errors import InputError, nearest
 from assay.threat import Norm, ThreatModel, parse_eps
@@ -33,7 +33,7 @@ class Board(Strict):
         radii: the radii for certified accuracy, as fractions.
     """
 
-    name: str
+    name: str = Field(pattern=SLUG)
     description: str = ""
     dataset: str
     revision: str

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Handle = Literal["stages", "chain", "surrogate", "components", "votes"]
 Aggregation = Literal["logits", "probabilities", "majority"]
+SLUG = r"^[a-z0-9][a-z0-9_.-]*$"
+"""Names that become folder names: nothing in them climbs out of a folder."""
 TRAITS = ("stochastic", "purifies", "iterative", "inner_gradient", "non_differentiable", "certifies")
 
 

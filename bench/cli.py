@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from assay import __version__
-from assay.errors import AssayError, InputError
+from assay.errors import AssayError, AttackError, DefenseError, InputError
 
 if TYPE_CHECKING:
     from assay.protocol import ProfileName, Verdict
@@ -143,6 +143,10 @@ def run(
         raise InputError("give one defense, or --all.")
     if all_ and out is not None:
         raise InputError("--out names one run's folder; with --all the runs lie under ./runs.")
+    if publish is not None and not (publish / "boards").is_dir():
+        raise InputError(f"--publish {publish}: no boards/ in it; expected a leaderboards folder.")
+    if publish is not None and attack:
+        raise InputError("--attack makes the record incomplete, so it can't be published.")
     chosen = _profile(profile)
     _set_threads(threads)
     names = [defense] if defense is not None else list(DEFENSES)
@@ -153,8 +157,16 @@ def run(
             continue
         prepared = prepare(name, board, chosen, n=n, seed=seed, device=device, only=attack or (), trust=trust)
         folder = out or display.default_folder(prepared)
-        with display.Progress(prepared) as reporter:
-            record = execute(prepared, folder, reporter=reporter)
+        try:
+            with display.Progress(prepared) as reporter:
+                record = execute(prepared, folder, reporter=reporter)
+        except (DefenseError, AttackError) as error:
+            if not all_:
+                raise
+            # One broken defense doesn't stop the night's other rows.
+            typer.secho(f"{name}: {type(error).__name__}: {error}", fg="red", err=True)
+            worst = max(worst, 1)
+            continue
         display.outcome(record, folder)
         if publish is not None:
             display.console.print(f"published to {publish_record(folder, publish)}")

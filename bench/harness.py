@@ -248,7 +248,8 @@ class _Shard:
             y = self.y[rows]
             noise = self.noise.child("evaluate", stage)[rows]
             with self._named("the evaluation"):
-                right, majority = _vote(target.answer(candidates, noise.child("first"), repeats=self.draws), y)
+                # A copy: a defense that writes into its input must not move a candidate that was checked.
+                right, majority = _vote(target.answer(candidates.clone(), noise.child("first"), repeats=self.draws), y)
                 lost = right == 0
                 certain = lost.clone()
                 if self.draws > 1 and bool(lost.any()):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from assay.card import Card, Strict
+from assay.card import SLUG, Card, Strict
 from assay.digest import sha256_of_file, sha256_of_json
 from assay.errors import InputError, IntegrityError
 from assay.finding import Finding
@@ -21,7 +21,9 @@ from assay.protocol import Family, ProfileName, Verdict
 from assay.threat import Norm
 
 SCHEMA: Literal["assay-record/1"] = "assay-record/1"
-RECORD, SAMPLES, BUNDLE = "record.json", "samples.parquet", "adversarial.safetensors"
+RECORD = "record.json"
+SAMPLES: Literal["samples.parquet"] = "samples.parquet"
+BUNDLE: Literal["adversarial.safetensors"] = "adversarial.safetensors"
 
 
 class Estimate(Strict):
@@ -107,7 +109,7 @@ class ThreatRef(Strict):
 class BoardRef(Strict):
     """Which samples: `n` of the board's `size` ids; `ids_sha256` is the digest of the ids that were run."""
 
-    name: str
+    name: str = Field(pattern=SLUG)
     dataset: str
     revision: str
     n: int
@@ -172,7 +174,7 @@ class Record(Strict):
     findings: tuple[Finding, ...]
     cost: Cost
     provenance: Provenance
-    files: dict[str, str]
+    files: dict[Literal["samples.parquet", "adversarial.safetensors"], str]
     outcome_sha256: str = ""
     digest: str = ""
 
