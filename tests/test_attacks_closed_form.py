@@ -12,7 +12,7 @@ from torch import Tensor
 
 from assay.attack import Evaluation, Target
 from assay.attacks import losses
-from assay.attacks.apgd import apgd, checkpoints
+from assay.attacks.apgd import _Run, apgd, checkpoints
 from assay.attacks.bpda import bpda
 from assay.attacks.eot import Standing, all_wrong, badness
 from assay.attacks.pgd import pgd
@@ -26,7 +26,7 @@ from assay.chain import Chain
 from assay.defense import Defense, Stages
 from assay.errors import InputError
 from assay.noise import Noise
-from assay.norms import distance
+from assay.norms import Ball, distance
 from assay.threat import ThreatModel
 
 N, K, SIDE = 64, 5, 6
@@ -416,6 +416,90 @@ def test_checkpoints_are_the_papers() -> None:
     assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
     assert checkpoints(10)[0] == 3
     assert checkpoints(1) == [1]
+
+
+def _run(**state: Tensor) -> _Run:
+    run = _Run.begin(torch.arange(4), torch.zeros(4, 1, 1, 2, dtype=torch.float64), eps=1.0)
+    for name, value in state.items():
+        setattr(run, name, value)
+    return run
+
+
+def test_apgd_carries_a_quarter_of_the_last_move_on() -> None:
+    """x' = x + .75 (P(x + η s) − x) + .25 (x − x_before), the paper's steps 4 and 5, where nothing is clipped."""
+    x = torch.full((4, 1, 1, 2), 0.5, dtype=torch.float64)
+    before, gradient = x - 0.02, torch.ones_like(x)
+    run = _run(z=x, previous=before, gradient=gradient, step=torch.full((4,), 0.1, dtype=torch.float64))
+    ball = Ball(ThreatModel("linf", "1/2"), x)  # type: ignore[arg-type]
+    run.advance(ball, first=False)
+    torch.testing.assert_close(run.z, x + 0.75 * 0.1 + 0.25 * 0.02)
+    assert torch.equal(run.previous, x)
+    run = _run(z=x, previous=x, gradient=gradient, step=torch.full((4,), 0.1, dtype=torch.float64))
+    run.advance(ball, first=True)
+    torch.testing.assert_close(run.z, x + 0.1)
+
+
+def test_apgd_halves_on_either_condition() -> None:
+    """Condition 1: under .75 of a window's iterations rose. Condition 2: no gain since a checkpoint that kept η."""
+    flags, loss = torch.tensor([False, False, True, False]), torch.tensor([5.0, 5.0, 5.0, 5.0], dtype=torch.float64)
+    run = _run(
+        rises=torch.tensor([7.0, 8.0, 8.0, 8.0], dtype=torch.float64),
+        halved=flags,
+        best_loss=loss,
+        best_loss_at_checkpoint=torch.tensor([4.0, 4.0, 5.0, 5.0], dtype=torch.float64),
+        best=torch.ones(4, 1, 1, 2, dtype=torch.float64),
+    )
+    run.check(window=10, rho=0.75)
+    assert run.halved.tolist() == [True, False, False, True]
+    assert run.step.tolist() == [1, 2, 2, 1]
+    assert run.z[:, 0, 0, 0].tolist() == [1, 0, 0, 1]  # and starts again from the best point
+    assert not run.rises.any()
+
+
+@pytest.mark.parametrize(("attack", "options"), [(pgd, {}), (apgd, {}), (apgd, {"loss": "margin-targeted"})])
+def test_every_iteration_draws_anew(attack: Any, options: dict[str, Any]) -> None:
+    seen: list[Tensor] = []
+
+    class Recording(Jittered):
+        def draw(self, x: Tensor, noise: Noise) -> Tensor:
+            seen.append(noise.keys)
+            return super().draw(x, noise)
+
+    defense = Recording()
+    x, y, noise = images(defense, n=2)
+    seen.clear()
+    tiny = ThreatModel("linf", "1/100000")  # type: ignore[arg-type]
+    attack(Target(defense, 2), x, y, tiny, noise, steps=6, eot=3, restarts=2, **options)
+    judged = 2 * 3 * 10  # the shortlist of three shares its draws
+    keys = torch.cat(seen)
+    assert len(keys.unique()) == len(keys) - judged * 2 // 3
+
+
+def test_pgd_starts_at_the_image_where_told() -> None:
+    defense = Linear()
+    x, y, noise = images(defense)
+    short = {"steps": 1, "alpha": 1e-4}
+    z = pgd(Target(defense, N), x, y, LINF, noise, random_start=False, **short)  # type: ignore[arg-type]
+    assert (distance("linf", z, x) <= 1.0001e-4).all()
+    z = pgd(Target(defense, N), x, y, LINF, noise, **short)  # type: ignore[arg-type]
+    assert (distance("linf", z, x) > 0.01).all()
+
+
+def test_surrogate_has_the_papers_start_and_step() -> None:
+    asked: list[int] = []
+
+    class Asked(Shrinking):
+        def surrogate(self, steps: int) -> Chain:
+            asked.append(steps)
+            return super().surrogate(steps)
+
+    defense = Asked()
+    x, y, noise = images(defense)
+    threat = ThreatModel("linf", "8/255")  # type: ignore[arg-type]
+    z = surrogate(Target(defense, N), x, y, threat, noise, steps=1, chain_steps=4)
+    assert asked == [4]
+    still = survivors(defense, x, y)
+    assert distance("linf", z, x)[still].max() == pytest.approx(0.007, abs=1e-9)
 
 
 @pytest.mark.parametrize("attack", [pgd, apgd])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.attack import AttackSpec, Target
+from assay.attacks.autoattack import _Model
 from assay.card import Card, Traits
 from assay.chain import Chain
 from assay.defense import Defense, Stages
@@ -172,7 +173,7 @@ def test_stays_inside_and_changes_nothing_else(name: str, norm: Norm, stochastic
     x, y, noise = batch(defense, dtype=dtype)
     before = {key: value.clone() for key, value in defense.state_dict().items()}
     x_before, y_before, keys_before = x.clone(), y.clone(), noise.keys.clone()
-    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[union-attr, index]  # noqa: NPY002
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index]  # noqa: NPY002
     trace, grad_enabled = sys.gettrace(), torch.is_grad_enabled()
     z = run(name, Target(defense, N), x, y, norm, noise)
     assert_allowed(z, x, norm)
@@ -398,6 +399,35 @@ def test_autoattack_fits_images_of_the_boards(norm: Norm, shape: tuple[int, int,
     y, noise = torch.zeros(2, dtype=torch.int64), Noise.from_seed(0, 2)
     z = ATTACKS["autoattack"].attack(Target(Constant(), 2), x, y, ThreatModel(norm, "1/10"), noise)  # type: ignore[arg-type]
     assert torch.equal(z, x)
+
+
+def test_autoattack_leaves_a_tracer_in_place() -> None:
+    """Its check for dynamic models ends tracing, and so debuggers and coverage, unless that is put back."""
+    defense = Everything()
+    x, _, noise = batch(defense, 2)
+    with torch.no_grad():
+        wrong = defense(x, noise).argmin(1)
+    before = sys.gettrace()
+
+    def tracer(*event: Any) -> None:
+        return None
+
+    sys.settrace(tracer)
+    try:
+        run("autoattack", Target(defense, 2), x, wrong, "linf", noise)
+        after = sys.gettrace()
+    finally:
+        sys.settrace(before)
+    assert after is tracer
+
+
+def test_autoattack_draws_anew_at_each_call() -> None:
+    defense = Everything(stochastic=True)
+    x, _, noise = batch(defense)
+    model = _Model(Target(defense, N), noise, x.dtype)
+    first, second = model(x), model(x)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, _Model(Target(defense, N), noise, x.dtype)(x))
 
 
 def test_autoattack_says_which_images_are_too_small() -> None:
