@@ -197,9 +197,13 @@ class Protocol:
     decision: str = "expected"
 
     def digest(self, profile: ProfileName) -> str:
-        """The SHA-256 of all that this protocol prescribes under a profile."""
+        """The SHA-256 of all that this protocol prescribes under a profile; its explanations are left out."""
         resolved = asdict(self)
-        resolved["rules"] = [{**asdict(rule), "options": dict(rule.options[profile])} for rule in self.rules]
+        resolved["rules"] = [
+            {key: value for key, value in asdict(rule).items() if key != "why"}
+            | {"options": dict(rule.options[profile])}
+            for rule in self.rules
+        ]
         resolved["samples"] = self.samples[profile]
         return sha256_of_json({"profile": profile, **resolved})
 

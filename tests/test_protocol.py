@@ -144,6 +144,8 @@ def test_the_digest_covers_what_a_profile_prescribes_and_nothing_of_the_others()
         replace(PROTOCOL, samples={**PROTOCOL.samples, "quick": 99}),
     ):
         assert other.digest("quick") != digests["quick"]
+    reworded = replace(PROTOCOL, rules=tuple(replace(rule, why="in other words") for rule in PROTOCOL.rules))
+    assert reworded.digest("quick") == digests["quick"]
 
 
 def test_the_digest_is_the_same_in_every_process_and_needs_no_torch() -> None:
