@@ -97,24 +97,27 @@ def plan(prepared: Prepared, seconds: Mapping[str, float]) -> None:
     )
     console.print(f"[bold]{title}[/bold]")
     console.print(f"traits: {', '.join(card.traits.names()) or 'deterministic'}")
-    table = Table("mandatory attack", "why", "forward", "backward", "at most", box=None, pad_edge=False)
-    for column in (2, 3, 4):
-        table.columns[column].justify = "right"
+    table = Table(box=None, pad_edge=False)
+    table.add_column("mandatory attack", no_wrap=True)
+    table.add_column("asked for by", max_width=20)
+    table.add_column("why")
+    table.add_column("calls", justify="right", no_wrap=True)
+    table.add_column("at most", justify="right", no_wrap=True)
     total = sum(seconds[stage] for stage in job.stages) * n
     for attack in prepared.mandatory:
-        why = "\n".join(escape(reason) for reason in attack.reasons)
+        traits, reasons = zip(*(reason.split(": ", 1) for reason in attack.reasons), strict=True)
+        asked = ", ".join(dict.fromkeys(trait for joined in traits for trait in joined.split("+")))
+        # The first reason is what the attack is for, the last what the defense's traits made of it.
+        why = escape("; ".join(dict.fromkeys((reasons[0], reasons[-1]))))
         if attack.name in prepared.missing:
-            table.add_row(
-                attack.name, f"{why}\n[magenta]will not run: {escape(prepared.missing[attack.name])}[/]", "", "", ""
-            )
+            why = f"{why}\n[magenta]will not run: {escape(prepared.missing[attack.name])}[/]"
+            table.add_row(attack.name, asked, why, "", "")
             continue
-        table.add_row(
-            attack.name, why, f"{attack.forward:,}", f"{attack.backward:,}",
-            duration(seconds[attack.name] * n) if total else "?",
-        )  # fmt: skip
+        bound = duration(seconds[attack.name] * n) if total else "?"
+        table.add_row(attack.name, asked, why, f"{attack.forward + attack.backward:,}", bound)
     console.print(table)
     most = f"at most {duration(total)}" if total else "unknown, the defense fails"
-    console.print(f"forward and backward: calls per sample. Estimated time: {most}.")
+    console.print(f"calls: forward and backward passes a sample, an upper bound. Estimated time: {most}.")
 
 
 class Progress:

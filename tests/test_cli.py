@@ -115,7 +115,8 @@ def test_plan_says_what_is_mandatory_and_why_and_runs_nothing(assay: Run, board:
         assert name in out
     assert "autoattack" not in out
     shown = flat(out)
-    assert "stochastic: the gradient is averaged over draws" in shown
+    assert "any, stochastic" in shown
+    assert "the gradient is averaged over draws" in shown
     assert "linf 1/10" in shown
     assert "20 of 20 samples" in shown
     assert "Estimated time: at most" in shown
