@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from assay.card import SLUG, Strict
+from assay.card import SLUG, Strict, explain
 from assay.digest import ids_digest
 from assay.errors import InputError, nearest
 from assay.threat import Norm, ThreatModel, parse_eps
@@ -95,7 +95,7 @@ def load_board(name: str, folder: Path | None = None) -> Board:
     try:
         board = Board.model_validate(tomllib.loads(text))
     except (tomllib.TOMLDecodeError, ValidationError, InputError) as error:
-        raise InputError(f"{name}.toml is not a valid board: {error}") from error
+        raise InputError(f"{name}.toml is not a valid board: {explain(error)}") from error
     if board.name != name:
         raise InputError(f"{name}.toml names its board {board.name!r}; the two must agree.")
     return board

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Handle = Literal["stages", "chain", "surrogate", "components", "votes"]
 Aggregation = Literal["logits", "probabilities", "majority"]
@@ -17,6 +17,18 @@ class Strict(BaseModel):
     """Base of everything that is read from or written to a file: frozen, unknown fields refused, no NaN."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def explain(error: ValueError) -> str:
+    """What is wrong with a file, field by field, without the library's own vocabulary."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    lines = []
+    for detail in error.errors(include_url=False):
+        field = ".".join(map(str, detail["loc"]))
+        message = detail["msg"].removeprefix("Value error, ")
+        lines.append(f"{field}: {message}" if field else message)
+    return "; ".join(lines)
 
 
 class Traits(Strict):

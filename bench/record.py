@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from assay.card import SLUG, Card, Strict
+from assay.card import SLUG, Card, Strict, explain
 from assay.digest import sha256_of_file, sha256_of_json
 from assay.errors import InputError, IntegrityError
 from assay.finding import Finding
@@ -251,7 +251,7 @@ def read_record(path: Path, *, files: bool = False) -> Record:
         record = Record.model_validate_json(text, strict=True)
         found = _digest(plain)
     except (ValueError, ValidationError) as error:
-        raise InputError(f"{path} is not a valid record: {error}") from error
+        raise InputError(f"{path} is not a valid record: {explain(error)}") from error
     if found != record.digest:
         raise IntegrityError(f"{path} was changed after it was written: its digest says {record.digest}.")
     if files:

@@ -192,7 +192,7 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"device {device!r} can't be used here: {reason} Use 'cpu', or 'cuda' where there is one."
+            f"device {device!r} can't be used here ({reason.rstrip('.')}): use 'cpu', or 'cuda' where there is one."
         ) from error
 
 
