@@ -66,24 +66,36 @@ def duration(seconds: float) -> str:
 
 def registry(defenses: Sequence[DefenseSpec], attacks: Sequence[AttackSpec], boards: Sequence[Board]) -> None:
     """Three tables: defenses, attacks, boards."""
-    table = Table("defense", "traits", "handles", "data sets", "summary", title="Defenses", title_justify="left")
+    table = _listing("Defenses", "defense", "traits, handles, data sets", "summary")
     for spec in defenses:
         card = spec.card
-        name = f"{card.name} [red](known broken)[/red]" if card.known_broken else card.name
-        traits = ", ".join(card.traits.names()) or "deterministic"
-        table.add_row(name, traits, ", ".join(card.handles), ", ".join(card.datasets), escape(card.summary))
+        facts = [", ".join(card.traits.names()) or "deterministic"]
+        if card.handles:
+            facts.append(f"[dim]handles: {', '.join(card.handles)}[/]")
+        if card.datasets:
+            facts.append(f"[dim]data: {', '.join(card.datasets)}[/]")
+        broken = "[red]Known broken: calibrates the board.[/] " if card.known_broken else ""
+        table.add_row(card.name, "\n".join(facts), broken + escape(card.summary))
     console.print(table)
-    table = Table("attack", "needs", "summary", title="Attacks", title_justify="left")
+    table = _listing("Attacks", "attack", "needs", "summary")
     for attack in attacks:
         needs = "logits" if attack.black_box else ", ".join(("gradients", *attack.handles))
         table.add_row(attack.name, needs, escape(attack.summary))
     console.print(table)
-    table = Table("board", "data set", "samples", "threat", "protocol", "draws", title="Boards", title_justify="left")
+    table = _listing("Boards", "board", "data set", "samples", "threat", "protocol", "draws")
     for board in boards:
         table.add_row(
             board.name, board.dataset, str(len(board.ids)), str(board.threat), board.protocol, str(board.draws)
         )
     console.print(table)
+
+
+def _listing(title: str, name: str, *columns: str) -> Table:
+    table = Table(title=f"[bold]{title}[/]", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(name, no_wrap=True, style="bold")
+    for column in columns:
+        table.add_column(column)
+    return table
 
 
 def plan(prepared: Prepared, seconds: Mapping[str, float]) -> None:
