@@ -1,7 +1,7 @@
 """The harness: evaluates shards of a board, verifies every candidate itself, reduces shards to a record.
 
 A shard passes through stages: `clean`, each mandatory attack from cheap to dear on the samples
-still standing, and `final`, which scores each sample's strongest candidate with fresh draws.
+still standing, and `final`, which chooses each sample's strongest candidate and scores it with fresh draws.
 Whether a candidate counts is decided here and nowhere else.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,36 +26,12 @@ from assay.finding import Finding
 from assay.noise import Noise
 from assay.norms import TOLERANCE, distance, violation
 from assay.protocol import PlannedAttack
+from assay.reporter import Reporter, Silent
 from assay.rundir import Arrays, RunDir
+from assay.shortlist import KEEP, SELECTION, Shortlist
 
 CLEAN, FINAL = "clean", "final"
 _PREFLIGHT_SAMPLES = 16
-
-
-class Reporter(Protocol):
-    """Told what happens, for progress bars. Every method may do nothing."""
-
-    def begin(self, shard: int, stage: str, samples: int) -> None:
-        """A stage starts on so many samples."""
-
-    def calls(self, count: int) -> None:
-        """So many samples went forward through the defense."""
-
-    def end(self, shard: int, stage: str) -> None:
-        """A stage is finished, or was found finished on disk."""
-
-
-class Silent:
-    """A reporter that reports nothing."""
-
-    def begin(self, shard: int, stage: str, samples: int) -> None:
-        """Does nothing."""
-
-    def calls(self, count: int) -> None:
-        """Does nothing."""
-
-    def end(self, shard: int, stage: str) -> None:
-        """Does nothing."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +127,7 @@ class _Shard:
         self.x, self.y = data.load(job.board.dataset, self.ids, device=job.device)
         self.noise = Noise.from_seed(job.seed, self.ids)
         self.draws = job.board.draws if job.defense.card.traits.stochastic else 1
-        self.best = self.x.clone()
-        self.lowest = np.full(len(self.ids), np.iinfo(np.int64).max)
+        self.shortlist = Shortlist(self.x, KEEP if self.draws > 1 else 1)
         self.standing = np.ones(len(self.ids), dtype=bool)
         self.arrays: Arrays = {
             "id": np.asarray(self.ids, dtype=np.int64),
@@ -164,24 +139,19 @@ class _Shard:
         if stage == CLEAN:
             return self._score(stage, np.ones(len(self.ids), dtype=bool), self.x)
         if stage == FINAL:
-            if self.draws == 1:
-                return self._repeat_lowest()
-            return self._score(stage, np.ones(len(self.ids), dtype=bool), self.best)
+            return self._repeat_lowest() if self.draws == 1 else self._choose_and_score()
         planned = next(attack for attack in self.job.planned if attack.name == stage)
         return self._attack(planned)
 
     def absorb(self, stage: str, part: Arrays) -> None:
         """Takes a stage's outcome into the cascade's state."""
-        correct = part["correct"].astype(np.int64)
-        better = part["attempted"] & (correct < self.lowest)
-        self.lowest = np.where(better, correct, self.lowest)
-        if stage != FINAL:
-            if "candidate" in part:  # the clean stage has none, nor has an attack that found nothing standing
-                winners = torch.from_numpy(part["candidate"][better[part["attempted"]]])
-                self.best[torch.from_numpy(better)] = winners.to(self.best)
-            self.standing &= ~part["certain"]
+        if stage == FINAL:
+            self.arrays["adversarial"] = part["candidate"]
         else:
-            self.arrays["adversarial"] = self.best.cpu().numpy()
+            rows = torch.from_numpy(part["attempted"].nonzero()[0])
+            candidates = torch.from_numpy(part["candidate"]) if "candidate" in part else self.x[rows]
+            self.shortlist.offer(rows, candidates, torch.from_numpy(part["correct"])[rows])
+            self.standing &= ~part["certain"]
         self.arrays |= {f"{stage}/{key}": value for key, value in part.items() if key != "candidate"}
 
     def _attack(self, planned: PlannedAttack) -> Arrays:
@@ -269,18 +239,39 @@ class _Shard:
 
     def _repeat_lowest(self) -> Arrays:
         """A deterministic defense answers a candidate the same way twice: no call is spent on it."""
-        right = self.lowest > 0
+        scores, best = self.shortlist.lowest()
+        right = (scores > 0).numpy()
         n = len(self.ids)
         return {
             "correct": right.astype(np.int64),
             "majority": right,
             "certain": ~right,
             "attempted": np.ones(n, dtype=bool),
-            "norm": distance(self.job.board.threat.norm, self.best, self.x).cpu().numpy(),
+            "norm": distance(self.job.board.threat.norm, best, self.x).cpu().numpy(),
             "forward": np.zeros(n, dtype=np.int64),
             "backward": np.zeros(n, dtype=np.int64),
             "seconds": np.zeros(n),
+            "candidate": best.cpu().numpy(),
         }
+
+    def _choose_and_score(self) -> Arrays:
+        """Chooses among each sample's shortlist on draws of their own, then scores the choice on fresh ones."""
+        n, keep = len(self.ids), self.shortlist.keep
+        target = Target(self.job.defense, n, on_calls=self.job.reporter.calls)
+        index = torch.arange(n).repeat_interleave(keep)
+        # A sample's candidates share their draws: what differs between their scores is then theirs.
+        noise = self.noise.child("select")[index]
+        started = time.perf_counter()
+        with self._named("the last choice"):
+            logits = target.answer(self.shortlist.points.flatten(0, 1), noise, repeats=SELECTION * self.draws)
+            right, _ = _vote(logits, self.y[index.to(self.y.device)])
+        best = self.shortlist.pick(right.cpu().view(n, keep).argmin(1))
+        seconds = (time.perf_counter() - started) / n
+        part = self._score(FINAL, np.ones(n, dtype=bool), best)
+        part["forward"] += target.calls.forward.numpy()
+        part["seconds"] += seconds
+        part["candidate"] = best.cpu().numpy()
+        return part
 
     def _named(self, what: str) -> _Named:
         return _Named(what, self.ids)

@@ -16,7 +16,7 @@ from assay.defense import DefenseSpec
 from assay.digest import ids_digest, sha256_of_bytes, sha256_of_file
 from assay.errors import InputError, IntegrityError, nearest
 from assay.finding import Finding
-from assay.harness import Job, Reporter, Silent, run_preflight, run_shards
+from assay.harness import Job, run_preflight, run_shards
 from assay.protocol import PlannedAttack, ProfileName, Protocol, load_protocol, verdict
 from assay.record import (
     BUNDLE,
@@ -35,6 +35,7 @@ from assay.record import (
 )
 from assay.reduce import bundle_bytes, join, outcome_of, parquet_bytes, sample_table, summarise, total_cost
 from assay.registry import ATTACKS, DEFENSES, resolve_defense
+from assay.reporter import Reporter, Silent
 from assay.rundir import RunDir
 
 

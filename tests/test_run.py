@@ -23,9 +23,9 @@ from assay import data
 from assay.card import Traits
 from assay.defense import DefenseSpec
 from assay.errors import DefenseError, InputError, IntegrityError
-from assay.harness import Silent
 from assay.record import BUNDLE, RECORD, SAMPLES, Record, read_record
 from assay.registry import DEFENSES
+from assay.reporter import Silent
 from assay.run import Prepared, execute, prepare
 from assay.rundir import RunDir
 
