@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-KEEP = 4
+KEEP = 8
 """Candidates a sample of a stochastic defense keeps for the last choice."""
 SELECTION = 4
 """The last choice takes this many times the board's draws, so that it is not led by luck."""

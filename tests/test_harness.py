@@ -20,12 +20,13 @@ from assay.attack import AttackSpec, Target
 from assay.board import Board
 from assay.defense import Defense
 from assay.errors import AttackError, DefenseError
-from assay.harness import Job, Silent, _vote, run_shards
+from assay.harness import Job, _vote, run_shards
 from assay.noise import Noise
 from assay.norms import distance
 from assay.protocol import PlannedAttack
 from assay.reduce import bundle_bytes, join, sample_table, summarise
 from assay.registry import ATTACKS
+from assay.reporter import Silent
 from assay.rundir import RunDir
 from assay.threat import ThreatModel
 
@@ -149,6 +150,30 @@ def test_the_three_rules_of_a_stochastic_defense_agree_with_their_closed_forms(
             assert estimate.low <= estimate.value <= estimate.high
     assert results.robust.value == results.rules.expected.value
     assert 0 < robust < clean
+
+
+def test_the_strongest_candidate_is_chosen_among_lucky_ones(zoo: ModuleType, store: RunDir) -> None:
+    class Fading(zoo.Abstaining):  # type: ignore[name-defined, misc]
+        """Abstains with a probability that the first pixel sets: .45 at 0, .6 at .1."""
+
+        def draw(self, x: torch.Tensor, noise: Noise) -> torch.Tensor:
+            logits = zoo.Linear.draw(self, x, noise)
+            silent = noise.uniform("abstain", shape=(), like=x) < 0.45 + 1.5 * x[:, 0, 0, 0]
+            return torch.cat([logits, torch.where(silent, 1e3, -1e3)[:, None].to(logits)], 1)
+
+    def lit(target: Target, x: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        z = x.clone()
+        z[:, 0, 0, 0] = 0.1
+        return z
+
+    board = zoo.board(n=100, shard=50)
+    x, y = data.load("digits", board.ids)
+    stands = zoo.linf_robust(x, y, 0.0) & zoo.linf_robust(lit(None, x), y, 0.0)  # type: ignore[arg-type]
+    assert (x[:, 0, 0, 0] == 0).all()
+    arrays = run(job_of(Fading(), board, {**{f"idle{i}": idle for i in range(8)}, "lit": lit}), store)
+    # Among nine candidates at .55, luck on the board's 20 draws would hide the one at .4 from most samples.
+    found = arrays["final/correct"][stands].mean() / 20
+    assert 0.4 - 0.03 < found < 0.4 + 0.04
 
 
 def test_the_final_score_is_taken_on_draws_that_chose_nothing(zoo: ModuleType, store: RunDir) -> None:
