@@ -253,16 +253,16 @@ def _numbers(record: Record) -> None:
     title = f"{record.defense.name} on {record.board.name} ({threat.norm} {threat.eps}, n = {record.board.n})"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("accuracy under", no_wrap=True)
-    for heading in ("%", "95 %", "attacked", "broken", "calls", "time"):
+    for heading in ("%", "95 %", "broken", "calls", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_row("clean", *percent(results.clean), "", "", "", "")
+    table.add_row("clean", *percent(results.clean), "", "", "")
     for name, attack in results.attacks.items():
         calls = f"{attack.forward + attack.backward:,}"
-        counts = (str(attack.attempted), str(attack.broken), calls, duration(attack.seconds))
-        table.add_row(name, *percent(attack), *counts)
+        broken = f"{attack.broken} of {attack.attempted}"
+        table.add_row(name, *percent(attack), broken, calls, duration(attack.seconds))
     table.add_section()
     total = f"{record.cost.forward + record.cost.backward:,}"
-    table.add_row("robust", *percent(results.robust), "", "", total, duration(record.cost.seconds), style="bold")
+    table.add_row("robust", *percent(results.robust), "", total, duration(record.cost.seconds), style="bold")
     console.print(table)
     if stochastic:
         rules = results.rules

@@ -263,7 +263,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
         id="2026.1",
         rules=_RULES_2026_1,
         checks=("interface", "modes", "honest_randomness", "batch_independence"),
-        samples={"quick": 100, "standard": None, "thorough": None},
+        samples={"quick": 50, "standard": None, "thorough": None},
     ),
 }
 
