@@ -407,9 +407,12 @@ def test_kill_9_ten_times_changes_nothing(command: list[str], tmp_path: Path, mo
 
 @pytest.mark.slow
 def test_a_second_process_on_the_same_folder_is_refused_and_ctrl_c_says_how_to_resume(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setenv("ASSAY_TEST_PAUSE", "0.3")
+    # Whoever runs the tests in the background may have SIGINT ignored, which a child would inherit.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, previous))
     for process in started(command, tmp_path / "run"):
         while not (tmp_path / "run" / "shards").is_dir():
             time.sleep(0.05)
