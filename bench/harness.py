@@ -1,4 +1,4 @@
-"""The harness: evaluates shards of a board, verifies every candidate itself, reduces shards to a record.
+"""The harness: evaluates the shards of a board and verifies every candidate itself; `reduce` makes the record of them.
 
 A shard passes through stages: `clean`, each mandatory attack from cheap to dear on the samples
 still standing, and `final`, which chooses each sample's strongest candidate and scores it with fresh draws.
