@@ -1,102 +1,298 @@
 """Denoisers: the one interface that every diffusion defense is written against.
 
-A denoiser knows noise levels t = 0 … T. At level t an image `x_0` has become
-`x_t = √ᾱ(t)·x_0 + √(1−ᾱ(t))·ε` with ε standard normal (Ho et al. 2020, arXiv 2006.11239, eq. 4);
-ᾱ(0) = 1, the image itself. Inside the diffusion process pixels live in the denoiser's own range.
+A denoiser predicts the clean image behind `x = x_0 + σ·ε`, ε standard normal (EDM's variance-exploding
+form; `schedule` converts to DDPM's). All images in this module are in [−1, 1], and σ in its units.
+Five kinds implement it: an ε-predicting diffusers U-Net, an EDM-preconditioned network, a score
+network, an energy whose gradient is the score, a Gaussian denoiser of photographs (FDnCNN, FFDNet),
+and, in `mixture`, the closed form that is the tests' oracle.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-Level = int | Tensor
-"""A noise level: one for the whole batch, or `(n,)` int64 with one a row."""
+from assay.chain import inner_gradient
+from assay.defenses.schedule import Schedule, Sigma, alpha_bar_of, column, linear_schedule, to_exploding
+from assay.errors import InputError
+
+Level = int | float | Tensor
+"""A level of a schedule: one for the whole batch, or `(n,)` with one a row; may be fractional."""
 
 
-def linear_alpha_bars(levels: int = 1000) -> Tensor:
-    """ᾱ(0), …, ᾱ(T) of the linear DDPM schedule (β from 1e-4 to .02), `(T + 1,)` float64."""
-    schedule = DDPMScheduler(num_train_timesteps=levels, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
-    return torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_cumprod.double()])
+def encode(x: Tensor) -> Tensor:
+    """Pixels in [0, 1] to [−1, 1]."""
+    return 2 * x - 1
+
+
+def decode(x: Tensor) -> Tensor:
+    """[−1, 1] to pixels in [0, 1]; not clipped."""
+    return (x + 1) / 2
 
 
 class Denoiser(nn.Module):
-    """Predicts the noise in a noised image. Subclasses implement `eps`.
+    """Predicts clean images. A subclass implements `denoise`, or `eps`; the other follows from it.
 
-    Args:
-        alpha_bars: `(T + 1,)`, ᾱ(0) = 1 first, falling.
-        data_range: the interval that stands for pixel values [0, 1] inside the process.
+    Attributes:
+        schedule: its levels, by which purifiers choose σ.
+        sigma_range: the lowest and highest σ that it can be asked for.
+        n_classes: k where it also predicts the image given each class, otherwise 0.
     """
 
-    alpha_bars: Tensor
+    schedule: Schedule
+    sigma_range: tuple[float, float]
+    n_classes: int = 0
 
-    def __init__(self, alpha_bars: Tensor, data_range: tuple[float, float] = (-1.0, 1.0)) -> None:
+    def __init__(self, schedule: Schedule | None = None, sigma_range: tuple[float, float] | None = None) -> None:
         super().__init__()
-        self.register_buffer("alpha_bars", alpha_bars.double(), persistent=False)
-        self.data_range = data_range
+        self.schedule = schedule or linear_schedule()
+        self.sigma_range = sigma_range or (0.0, self.schedule.sigma(self.schedule.levels))
 
-    @property
-    def levels(self) -> int:
-        """T, the highest noise level."""
-        return len(self.alpha_bars) - 1
-
-    def alpha_bar(self, t: Level, like: Tensor) -> Tensor:
-        """ᾱ(t) in the dtype of `like (n, c, h, w)`, shaped to multiply it: a scalar, or `(n, 1, 1, 1)`."""
-        values = self.alpha_bars[t].to(like.dtype)
-        return values.reshape(-1, *[1] * (like.ndim - 1)) if values.ndim else values
+    def denoise(self, x: Tensor, sigma: Sigma) -> Tensor:
+        """E[x_0 | x], `x (n, c, h, w)`, unclipped; sigma > 0."""
+        if type(self).eps is Denoiser.eps:
+            raise NotImplementedError(f"{type(self).__name__} must implement denoise(x, sigma) or eps(x_t, t).")
+        given = torch.as_tensor(sigma, dtype=torch.float64, device=x.device)
+        x_t = x * column(alpha_bar_of(given), x).sqrt()
+        # (x_t − √(1−ᾱ)·ε)/√ᾱ, written with x and σ.
+        return x - column(given, x) * self.eps(x_t, self.schedule.level(given))
 
     def eps(self, x_t: Tensor, t: Level) -> Tensor:
-        """The predicted noise in `x_t (n, c, h, w)` at level t ≥ 1, in `x_t`'s shape."""
-        raise NotImplementedError(f"{type(self).__name__} must implement eps(x_t, t).")
+        """The predicted noise in the variance-preserving `x_t (n, c, h, w)` at level t ≥ 1."""
+        x, sigma = to_exploding(x_t, self.alpha_bar(t))
+        return (x - self.denoise(x, sigma)) / column(sigma, x)
 
-    def denoise(self, x_t: Tensor, t: Level) -> Tensor:
-        """The expected clean image `(x_t − √(1−ᾱ)·eps)/√ᾱ`, unclipped, in the data range."""
-        alpha_bar = self.alpha_bar(t, x_t)
-        return (x_t - (1 - alpha_bar).sqrt() * self.eps(x_t, t)) / alpha_bar.sqrt()
+    def alpha_bar(self, t: Level) -> Tensor:
+        """ᾱ(t) in float64, a scalar or `(n,)`; between levels ln σ is interpolated."""
+        if isinstance(t, int):
+            return self.schedule.alpha_bars[t]
+        level = torch.as_tensor(t, dtype=torch.float64).cpu()
+        below = level.floor().long().clamp(1, self.schedule.levels - 1)
+        logs = self.schedule.sigmas.log()
+        return alpha_bar_of(torch.lerp(logs[below], logs[below + 1], level - below).exp())
 
-    def diffuse(self, x_0: Tensor, t: Level, z: Tensor) -> Tensor:
-        """`x_t` from a clean image in the data range and standard normal `z`, both `(n, c, h, w)`."""
-        alpha_bar = self.alpha_bar(t, x_0)
-        return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * z
+    def denoise_each(self, x: Tensor, sigma: Sigma) -> Tensor:
+        """E[x_0 | x, class] for every class, `(n, k, c, h, w)`.
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Pixels in [0, 1] to the data range."""
-        low, high = self.data_range
-        return low + (high - low) * x
+        Raises:
+            InputError: where the denoiser knows no classes.
+        """
+        raise InputError(f"{type(self).__name__} is not class-conditional; a diffusion classifier needs one that is.")
 
-    def decode(self, x_0: Tensor) -> Tensor:
-        """The data range to pixels in [0, 1]; not clipped."""
-        low, high = self.data_range
-        return (x_0 - low) / (high - low)
+    def denoise_some(self, x: Tensor, sigma: Sigma, classes: Tensor) -> Tensor:
+        """The same for m classes a row, `classes (n, m)` int64: `(n, m, c, h, w)`."""
+        each = self.denoise_each(x, sigma)
+        return each.gather(1, classes[..., None, None, None].expand(-1, -1, *each.shape[2:]))
+
+    def score(self, x: Tensor, sigma: Sigma) -> Tensor:
+        """∇ log p_σ(x) = (E[x_0 | x] − x)/σ² (Tweedie's formula)."""
+        return (self.denoise(x, sigma) - x) / column(sigma, x) ** 2
 
 
 class UNetDenoiser(Denoiser):
-    """A class-unconditional diffusers U-Net that predicts noise, on the linear DDPM schedule.
+    """A diffusers U-Net on a DDPM schedule.
 
     Args:
-        network: called with times 0 … T−1 as diffusers counts them; time t−1 is level t here.
+        network: called with diffusers' times 0 … T−1, fractional between levels; level t is time t−1.
+        schedule: by default the linear one with T = 1000.
+        prediction: what the network predicts: `epsilon`, `v_prediction` or `sample`. Channels beyond
+            the image's (a learned variance) are left out.
+        n_classes: k where the network takes class labels, one row a class and image.
     """
 
-    def __init__(self, network: UNet2DModel, data_range: tuple[float, float] = (-1.0, 1.0)) -> None:
-        super().__init__(linear_alpha_bars(), data_range)
+    def __init__(
+        self,
+        network: UNet2DModel,
+        schedule: Schedule | None = None,
+        prediction: str = "epsilon",
+        n_classes: int = 0,
+    ) -> None:
+        super().__init__(schedule)
+        if prediction not in ("epsilon", "v_prediction", "sample"):
+            raise InputError(f"prediction must be epsilon, v_prediction or sample, got {prediction!r}.")
         self.network = network
+        self.prediction = prediction
+        self.n_classes = n_classes
 
     def eps(self, x_t: Tensor, t: Level) -> Tensor:
-        """See `Denoiser.eps`."""
-        predicted: Tensor = self.network(x_t, t - 1, return_dict=False)[0]
+        """See `Denoiser.eps`.
+
+        Raises:
+            InputError: where the network takes class labels.
+        """
+        if self.n_classes:
+            raise InputError("this U-Net takes class labels: it predicts no image without one.")
+        return self._eps(x_t, t)
+
+    def _eps(self, x_t: Tensor, t: Level, **labels: Tensor) -> Tensor:
+        time = t - 1 if isinstance(t, int) else (torch.as_tensor(t) - 1).to(x_t)
+        predicted: Tensor = self.network(x_t, time, **labels, return_dict=False)[0][:, : x_t.shape[1]]
+        if self.prediction == "epsilon":
+            return predicted
+        alpha_bar = column(self.alpha_bar(t), x_t)
+        if self.prediction == "sample":
+            return (x_t - alpha_bar.sqrt() * predicted) / (1 - alpha_bar).sqrt()
+        return alpha_bar.sqrt() * predicted + (1 - alpha_bar).sqrt() * x_t
+
+    def denoise_each(self, x: Tensor, sigma: Sigma) -> Tensor:
+        """See `Denoiser.denoise_each`; costs k network calls."""
+        if not self.n_classes:
+            return super().denoise_each(x, sigma)
+        return self.denoise_some(x, sigma, torch.arange(self.n_classes, device=x.device).expand(len(x), -1))
+
+    def denoise_some(self, x: Tensor, sigma: Sigma, classes: Tensor) -> Tensor:
+        """See `Denoiser.denoise_some`; costs m network calls."""
+        m = classes.shape[1]
+        given = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).expand(len(x)).repeat_interleave(m)
+        rows = x.repeat_interleave(m, 0)
+        x_t = rows * column(alpha_bar_of(given), rows).sqrt()
+        noise = self._eps(x_t, self.schedule.level(given), class_labels=classes.reshape(-1))
+        return (rows - column(given, rows) * noise).reshape(len(x), m, *x.shape[1:])
+
+
+class EDMDenoiser(Denoiser):
+    """An EDM-preconditioned network, optionally with a head for every class (Karras et al. 2022, table 1).
+
+    `D(x, σ) = c_skip·x + c_out·F(c_in·x, c_noise)`, `c_skip = σ_d²/(σ²+σ_d²)`, `c_out = σσ_d/√(σ²+σ_d²)`,
+    `c_in = 1/√(σ²+σ_d²)`, `c_noise = ln(σ)/4`. With `n_classes` the network has k + 1 images for
+    output, one a class and the last without one, so that all classes cost a single call (Chen et al.
+    2023, arXiv 2305.15241, section 3.4, "multi-head diffusion").
+
+    Args:
+        network: a diffusers U-Net; gets `time_scale · c_noise` as its time.
+        channels: of an image.
+        sigma_data: σ_d.
+        sigma_range: what it was trained on.
+    """
+
+    def __init__(
+        self,
+        network: UNet2DModel,
+        channels: int = 1,
+        n_classes: int = 0,
+        sigma_data: float = 0.5,
+        sigma_range: tuple[float, float] = (0.002, 80.0),
+        time_scale: float = 250.0,
+    ) -> None:
+        super().__init__(sigma_range=sigma_range)
+        self.network = network
+        self.channels = channels
+        self.n_classes = n_classes
+        self.sigma_data = sigma_data
+        self.time_scale = time_scale
+
+    def heads(self, x: Tensor, sigma: Sigma) -> Tensor:
+        """Every head's prediction of the clean image, `(n, k + 1, c, h, w)`; one network call."""
+        given = torch.as_tensor(sigma).to(x).expand(len(x))
+        scale = column(given, x)
+        total = (scale**2 + self.sigma_data**2).sqrt()
+        times = self.time_scale / 4 * given.log()
+        output: Tensor = self.network(x / total, times, return_dict=False)[0]
+        images = output.unflatten(1, (-1, self.channels))
+        skip, out = (self.sigma_data / total) ** 2, scale * self.sigma_data / total
+        predicted: Tensor = skip[:, None] * x[:, None] + out[:, None] * images
         return predicted
 
+    def denoise(self, x: Tensor, sigma: Sigma) -> Tensor:
+        """See `Denoiser.denoise`: the head without a class."""
+        return self.heads(x, sigma)[:, -1]
 
-def digits_unet(channels: Sequence[int] = (16, 16)) -> UNet2DModel:
-    """The U-Net of the digits boards: 1×8×8, two resolutions, no attention."""
+    def denoise_each(self, x: Tensor, sigma: Sigma) -> Tensor:
+        """See `Denoiser.denoise_each`; one network call for all classes."""
+        if not self.n_classes:
+            return super().denoise_each(x, sigma)
+        return self.heads(x, sigma)[:, :-1]
+
+
+class ScoreDenoiser(Denoiser):
+    """A score network, conditioned on its level by division: `s(x, σ) = f(x)/σ` (Song & Ermon 2020, arXiv 2006.09011).
+
+    Args:
+        network: images `(n, c, h, w)` to `f` of the same shape.
+        sigma_range: the geometric range of levels that it was trained on.
+    """
+
+    def __init__(self, network: nn.Module, sigma_range: tuple[float, float]) -> None:
+        super().__init__(sigma_range=sigma_range)
+        self.network = network
+
+    def denoise(self, x: Tensor, sigma: Sigma) -> Tensor:
+        """See `Denoiser.denoise`: x + σ²·s(x, σ)."""
+        predicted: Tensor = x + column(sigma, x) * self.network(x)
+        return predicted
+
+    def score(self, x: Tensor, sigma: Sigma) -> Tensor:
+        """s(x, σ) itself."""
+        score: Tensor = self.network(x) / column(sigma, x)
+        return score
+
+
+class EnergyDenoiser(Denoiser):
+    """An energy E(x) whose negative gradient, over σ, is the score: `s(x, σ) = −∇E(x)/σ`.
+
+    A forward pass takes a gradient of its own (the trait `inner_gradient`).
+
+    Args:
+        network: images `(n, c, h, w)` to energies `(n,)`.
+        sigma_range: the geometric range of levels that it was trained on.
+    """
+
+    def __init__(self, network: nn.Module, sigma_range: tuple[float, float]) -> None:
+        super().__init__(sigma_range=sigma_range)
+        self.network = network
+
+    def denoise(self, x: Tensor, sigma: Sigma) -> Tensor:
+        """See `Denoiser.denoise`: x + σ²·s(x, σ)."""
+        return x - column(sigma, x) * inner_gradient(self.network, x)
+
+    def score(self, x: Tensor, sigma: Sigma) -> Tensor:
+        """s(x, σ) itself."""
+        return -inner_gradient(self.network, x) / column(sigma, x)
+
+
+class GaussianDenoiser(Denoiser):
+    """A network that removes Gaussian noise of a stated level from photographs, as FDnCNN and FFDNet do.
+
+    Args:
+        network: `(x, sigma) -> x_0` with images in [0, 1] and sigma `(n,)` in their units.
+        highest: the highest level it was trained for, in pixel units.
+    """
+
+    def __init__(self, network: Callable[[Tensor, Tensor], Tensor], highest: float = 75 / 255) -> None:
+        super().__init__(sigma_range=(0.0, 2 * highest))
+        self.network = network
+
+    def denoise(self, x: Tensor, sigma: Sigma) -> Tensor:
+        """See `Denoiser.denoise`."""
+        pixels = torch.as_tensor(sigma).to(x).expand(len(x)) / 2
+        return encode(self.network(decode(x), pixels))
+
+
+def check_sigmas(denoiser: Denoiser, sigmas: Sequence[float], what: str) -> None:
+    """Refuses levels that a denoiser was not made for.
+
+    Raises:
+        InputError: for a σ outside its range.
+    """
+    low, high = denoiser.sigma_range
+    outside = [sigma for sigma in sigmas if not low <= sigma <= high * (1 + 1e-9) or not math.isfinite(sigma)]
+    if outside:
+        raise InputError(
+            f"{what} needs σ = {outside[0]:.4g} (in [−1, 1] units); {type(denoiser).__name__} is usable from "
+            f"{low:.4g} to {high:.4g}. Choose a lower level or another denoiser."
+        )
+
+
+def small_unet(channels: Sequence[int] = (16, 16), outputs: int = 1) -> UNet2DModel:
+    """A U-Net for the digits boards: 1×8×8 images, two resolutions, no attention; `outputs` images."""
     return UNet2DModel(
         sample_size=8,
         in_channels=1,
-        out_channels=1,
+        out_channels=outputs,
         block_out_channels=tuple(channels),
         layers_per_block=1,
         norm_num_groups=4,
@@ -104,59 +300,3 @@ def digits_unet(channels: Sequence[int] = (16, 16)) -> UNet2DModel:
         up_block_types=("UpBlock2D",) * len(channels),
         add_attention=False,
     )
-
-
-class MixtureDenoiser(Denoiser):
-    """The exact denoiser of a mixture of isotropic Gaussians: everything it predicts is a closed form.
-
-    Under p_0 = Σ_j w_j N(μ_j, s_j² I) the noised density is
-    p_t = Σ_j w_j N(√ᾱ μ_j, (ᾱ s_j² + 1 − ᾱ) I), and eps = −√(1−ᾱ) ∇ log p_t. It is the oracle of
-    every diffusion defense's tests.
-
-    Args:
-        weights: `(m,)`, positive, summing to 1.
-        means: `(m, c, h, w)` in the data range.
-        stds: `(m,)`, s_j ≥ 0.
-        alpha_bars, data_range: see `Denoiser`.
-    """
-
-    weights: Tensor
-    means: Tensor
-    stds: Tensor
-
-    def __init__(
-        self,
-        weights: Tensor,
-        means: Tensor,
-        stds: Tensor,
-        alpha_bars: Tensor | None = None,
-        data_range: tuple[float, float] = (-1.0, 1.0),
-    ) -> None:
-        super().__init__(linear_alpha_bars() if alpha_bars is None else alpha_bars, data_range)
-        self.register_buffer("weights", weights)
-        self.register_buffer("means", means)
-        self.register_buffer("stds", stds)
-
-    def _components(self, x_t: Tensor, t: Level) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ᾱ `(n or 1, 1)`, residuals `(n, m, d)`, variances `(n or 1, m)`, log joint densities `(n, m)`."""
-        alpha_bar = self.alpha_bar(t, x_t).reshape(-1, 1)
-        residuals = x_t.flatten(1)[:, None] - alpha_bar.sqrt()[..., None] * self.means.flatten(1)
-        variances = alpha_bar * self.stds**2 + 1 - alpha_bar
-        squared = residuals.square().sum(-1) / variances
-        joint = self.weights.log() - 0.5 * (squared + residuals.shape[-1] * (2 * math.pi * variances).log())
-        return alpha_bar, residuals, variances, joint
-
-    def log_density(self, x_t: Tensor, t: Level) -> Tensor:
-        """log p_t(x_t), `(n,)`."""
-        return self._components(x_t, t)[3].logsumexp(1)
-
-    def posterior(self, x_t: Tensor, t: Level) -> Tensor:
-        """The probability of each component given `x_t`, `(n, m)`."""
-        return self._components(x_t, t)[3].softmax(1)
-
-    def eps(self, x_t: Tensor, t: Level) -> Tensor:
-        """See `Denoiser.eps`."""
-        alpha_bar, residuals, variances, joint = self._components(x_t, t)
-        weighted = joint.softmax(1) / variances
-        score = -(weighted[..., None] * residuals).sum(1)
-        return (-(1 - alpha_bar).sqrt() * score).reshape(x_t.shape)

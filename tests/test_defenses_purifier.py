@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from assay import data
-from assay.defenses.denoiser import MixtureDenoiser
-from assay.defenses.purifier import Purifier, grid, posterior_step
+from assay.defenses.denoiser import GaussianDenoiser, decode, encode
+from assay.defenses.mixture import MixtureDenoiser
+from assay.defenses.purifier import Purifier, grid, posterior, sample
 from assay.errors import InputError
 from assay.noise import Noise
 from assay.registry import DEFENSES
@@ -38,44 +39,62 @@ def test_the_grid_refuses_more_steps_than_levels(steps: int) -> None:
         grid(10, steps)
 
 
-def test_a_posterior_step_has_bayes_mean_and_variance(mixture: MixtureDenoiser) -> None:
-    t, s, n = 300, 120, 200_000
-    at, to = (float(mixture.alpha_bars[level]) for level in (t, s))
-    x_t, x_0 = torch.full((n, 1, 1, 1), 0.3).double(), torch.full((n, 1, 1, 1), -0.4).double()
-    drawn = posterior_step(mixture, x_t, x_0, t, s, Noise.from_seed(0, n)).flatten()
-    # x_s given x_0 is N(√ᾱ_s x_0, 1−ᾱ_s); x_t given x_s is N(√r x_s, 1−r) with r = ᾱ_t/ᾱ_s.
-    ratio = at / to
-    precision = 1 / (1 - to) + ratio / (1 - ratio)
-    mean = (to**0.5 * -0.4 / (1 - to) + ratio**0.5 * 0.3 / (1 - ratio)) / precision
+def test_a_posterior_step_has_bayes_mean_and_variance() -> None:
+    sigma, lower, n = 0.8, 0.3, 200_000
+    x, x_0 = torch.full((n, 1, 1, 1), 0.3).double(), torch.full((n, 1, 1, 1), -0.4).double()
+    drawn = sample(*posterior(x, x_0, sigma, lower), Noise.from_seed(0, n)).flatten()
+    # The lower image is N(x_0, lower²) before x is known, and x is N(lower image, σ² − lower²).
+    precision = 1 / lower**2 + 1 / (sigma**2 - lower**2)
+    mean = (-0.4 / lower**2 + 0.3 / (sigma**2 - lower**2)) / precision
     assert float(drawn.mean()) == pytest.approx(mean, abs=5 * (1 / precision / n) ** 0.5)
     assert float(drawn.var()) == pytest.approx(1 / precision, rel=0.02)
 
 
-def test_the_last_step_is_the_denoised_image(mixture: MixtureDenoiser) -> None:
+def test_a_step_is_ddpm_s_in_the_variance_preserving_form(mixture: MixtureDenoiser) -> None:
+    t, s = 300, 120
+    at, to = (float(mixture.schedule.alpha_bars[level]) for level in (t, s))
     x_t, x_0 = torch.rand(2, 3, 1, 4, 4).double()
-    assert torch.equal(posterior_step(mixture, x_t, x_0, 50, 0, Noise.from_seed(0, 3)), x_0)
+    # Ho et al. 2020, eq. 7, respaced: ᾱ_t/ᾱ_s in place of α_t.
+    kept = at / to
+    mean = (to**0.5 * (1 - kept) * x_0 + kept**0.5 * (1 - to) * x_t) / (1 - at)
+    variance = (1 - to) / (1 - at) * (1 - kept)
+    found, spread = posterior(x_t / at**0.5, x_0, mixture.schedule.sigma(t), mixture.schedule.sigma(s))
+    assert torch.allclose(found * to**0.5, mean, atol=1e-12)
+    assert spread * to == pytest.approx(variance, rel=1e-9)
+
+
+def test_the_last_step_is_the_denoised_image() -> None:
+    x, x_0 = torch.rand(2, 3, 1, 4, 4).double()
+    assert torch.equal(sample(*posterior(x, x_0, 0.5, 0.0), Noise.from_seed(0, 3)), x_0)
 
 
 def test_one_step_is_the_posterior_mean_in_closed_form(mixture: MixtureDenoiser) -> None:
     purifier = Purifier(mixture, 400, 1)
     x = torch.linspace(0, 1, 5).double().reshape(5, 1, 1, 1).expand(5, 1, 4, 4)
     noise = Noise.from_seed(0, 5)
-    x_t = purifier.start(x, noise.child("start"))
-    expected = mixture.decode(mixture.denoise(x_t, 400))
+    noised = purifier.start(x, noise.child("start"))
+    expected = decode(mixture.denoise(noised, mixture.schedule.sigma(400)))
     assert torch.allclose(purifier.chain()(x, noise), expected, atol=1e-12)
 
 
 def test_the_start_has_the_level_s_mean_and_variance(mixture: MixtureDenoiser) -> None:
     n = 20_000
-    x_t = Purifier(mixture, 400, 1).start(torch.full((n, 1, 4, 4), 0.9).double(), Noise.from_seed(0, n))
-    alpha_bar = float(mixture.alpha_bars[400])
-    assert float(x_t.mean()) == pytest.approx(alpha_bar**0.5 * 0.8, abs=5e-3)
-    assert float(x_t.var()) == pytest.approx(1 - alpha_bar, rel=2e-2)
+    noised = Purifier(mixture, 400, 1).start(torch.full((n, 1, 4, 4), 0.9).double(), Noise.from_seed(0, n))
+    sigma = mixture.schedule.sigma(400)
+    assert float(noised.mean()) == pytest.approx(0.8, abs=5 * sigma / (16 * n) ** 0.5)
+    assert float(noised.std()) == pytest.approx(sigma, rel=1e-2)
+
+
+def test_a_level_beyond_the_denoiser_is_refused() -> None:
+    gaussian = GaussianDenoiser(lambda x, sigma: x)
+    Purifier(gaussian, 150, 2).chain()
+    with pytest.raises(InputError, match=r"level 200 needs σ = .* Choose a lower level"):
+        Purifier(gaussian, 200, 2).chain()
 
 
 def test_purification_moves_attacked_images_back_to_the_mixture(mixture: MixtureDenoiser) -> None:
     n = 64
-    clean = mixture.decode(mixture.means).repeat_interleave(n // 2, 0)
+    clean = decode(mixture.means).repeat_interleave(n // 2, 0)
     signs = torch.sign(torch.randn(clean.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     attacked = clean + 0.15 * signs
     purified = Purifier(mixture, 150, 10).chain()(attacked, Noise.from_seed(0, n))
@@ -88,8 +107,8 @@ def test_purification_moves_attacked_images_back_to_the_mixture(mixture: Mixture
 def test_purified_samples_have_the_mixture_s_spread() -> None:
     std, n = 0.4, 20_000
     one = MixtureDenoiser(torch.ones(1).double(), torch.zeros(1, 1, 1, 1).double(), torch.tensor([std]).double())
-    x = one.decode(std * Noise.from_seed(1, n).normal("x", shape=(1, 1, 1), like=torch.zeros(1).double()))
-    purified = one.encode(Purifier(one, 500, 500).chain()(x, Noise.from_seed(0, n)))
+    x = decode(std * Noise.from_seed(1, n).normal("x", shape=(1, 1, 1), like=torch.zeros(1).double()))
+    purified = encode(Purifier(one, 500, 500).chain()(x, Noise.from_seed(0, n)))
     # With an exact denoiser and all steps, samples of the mixture stay samples of it.
     assert float(purified.mean()) == pytest.approx(0, abs=0.02)
     assert float(purified.std()) == pytest.approx(std, rel=0.02)
