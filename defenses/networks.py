@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from assay.noise import Noise
+
+LARGEST = 10
+"""Side of the padded image of `random_resize`; the digit is resized to 8, 9 or 10 pixels."""
 
 
 class DigitsCNN(nn.Module):
@@ -23,11 +29,15 @@ class DigitsCNN(nn.Module):
         self.conv3 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
         self.head = nn.Linear(2 * width * 16, n_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x (n, 1, 8, 8)` in [0, 1] to logits `(n, k)`."""
+    def features(self, x: Tensor) -> Tensor:
+        """`x (n, 1, 8, 8)` in [0, 1] to what the linear layer sees, `(n, 32 · width)`."""
         for conv in (self.conv1, self.conv2, self.conv3):
             x = F.silu(conv(x))
-        logits: Tensor = self.head(x.flatten(1))
+        return x.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (n, 1, 8, 8)` in [0, 1] to logits `(n, k)`."""
+        logits: Tensor = self.head(self.features(x))
         return logits
 
 
@@ -74,3 +84,68 @@ class ResNet18(nn.Module):
             x = layer(x)
         logits: Tensor = self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
         return logits
+
+
+class ScoreNet(nn.Module):
+    """Images to images of their shape, fully convolutional with one skip over two resolutions: a small score model.
+
+    It is told no noise level: `ScoreDenoiser` divides its output by σ.
+
+    Args:
+        channels: of the image; `width` of the first resolution.
+    """
+
+    def __init__(self, channels: int = 1, width: int = 32) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(channels, width, 3, padding=1)
+        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.middle1 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        self.middle2 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        self.up = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.join = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.leave = nn.Conv2d(width, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (n, c, h, w)`, h and w even, to the same shape."""
+        top = F.silu(self.enter(x))
+        low = F.silu(self.down(top))
+        low = low + F.silu(self.middle2(F.silu(self.middle1(low))))
+        up = F.silu(self.up(F.interpolate(low, scale_factor=2.0, mode="nearest")))
+        image: Tensor = self.leave(F.silu(self.join(torch.cat([top, up], 1))))
+        return image
+
+
+class EnergyNet(nn.Module):
+    """Images to energies `(n,)`: half the squared distance between the image and what `ScoreNet` makes of it.
+
+    `E(x) = ½‖x − r(x)‖²` is the form of Saremi & Hyvärinen 2019 (arXiv 1903.02334, section 2): its
+    gradient is near x − r(x), so that training starts from a sensible score.
+    """
+
+    def __init__(self, channels: int = 1, width: int = 32) -> None:
+        super().__init__()
+        self.restore = ScoreNet(channels, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (n, c, h, w)` to energies `(n,)`."""
+        energy: Tensor = 0.5 * (x - self.restore(x)).square().flatten(1).sum(1)
+        return energy
+
+
+def resize_and_pad(x: Tensor, noise: Noise, largest: int) -> Tensor:
+    """Images `x (n, c, h, h)` resized to h … largest pixels a side, padded at random and scaled back to h."""
+    smallest = x.shape[-1]
+    side = smallest + noise.integers("side", shape=(), high=largest - smallest + 1, like=x)
+    corner = noise.uniform("corner", shape=(2,), like=x)
+    padded = torch.zeros(*x.shape[:2], largest, largest, dtype=x.dtype, device=x.device)
+    # One resize for each of the few sizes, placed by shifting; rows of other sizes are left out by weight.
+    for size in range(smallest, largest + 1):
+        resized = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+        room = largest - size + 1
+        places = (corner * room).long().clamp_max(room - 1)
+        for top in range(room):
+            for left in range(room):
+                here = (side == size) & (places[:, 0] == top) & (places[:, 1] == left)
+                shifted = F.pad(resized, (left, room - 1 - left, top, room - 1 - top))
+                padded = padded + here.to(x)[:, None, None, None] * shifted
+    return F.interpolate(padded, size=x.shape[-2:], mode="bilinear", align_corners=False)

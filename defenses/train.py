@@ -2,7 +2,8 @@
 
 Every network is trained on the pinned train split alone, on the CPU, from its own seed inside a
 forked generator, so that training one network gives the same weights as training all of them. The
-test split enters only the accuracies that the manifest reports.
+test split enters only the accuracies that the manifest reports. How each network is trained
+stands in `recipes`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,142 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors.torch import save
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from assay.data import load, test_ids, train_split
 from assay.defenses.checkpoints import MANIFEST, WEIGHTS
-from assay.defenses.denoiser import Denoiser, UNetDenoiser, digits_unet
-from assay.defenses.networks import DigitsCNN
+from assay.defenses.recipes import DIGITS
 from assay.errors import AssayError, InputError, nearest
-from assay.norms import Ball
-from assay.threat import ThreatModel, parse_eps
-
-Perturb = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""What a training image becomes: `(network, x, y) -> x'`, drawing from the forked global generator."""
-Advance = Callable[[], None]
-"""Called after each epoch."""
-
-BATCH = 64
-
-
-def unchanged(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Plain training."""
-    return x
-
-
-def gaussian(sigma: float) -> Perturb:
-    """Adds N(0, σ²) noise, not clipped (Cohen et al. 2019)."""
-    return lambda network, x, y: x + sigma * torch.randn_like(x)
-
-
-def pgd(eps: str, steps: int) -> Perturb:
-    """Linf PGD from a random start with steps of 2.5·ε/steps (Madry et al. 2018)."""
-    threat = ThreatModel("linf", parse_eps(eps))
-
-    def perturb(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        ball = Ball(threat, x)
-        z = ball.project(x + ball.eps * (2 * torch.rand_like(x) - 1))
-        for _ in range(steps):
-            z.requires_grad_()
-            (gradient,) = torch.autograd.grad(F.cross_entropy(network(z), y), z)
-            z = ball.step(z.detach(), gradient, 2.5 * ball.eps / steps)
-        return z
-
-    return perturb
-
-
-def fit_classifier(
-    network: nn.Module, x: Tensor, y: Tensor, advance: Advance, *, epochs: int, perturb: Perturb
-) -> None:
-    """Cross-entropy on perturbed images; Adam, one cosine cycle."""
-    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(BATCH):
-            inputs = perturb(network, x[rows], y[rows])
-            optimizer.zero_grad()
-            F.cross_entropy(network(inputs), y[rows]).backward()
-            optimizer.step()
-        schedule.step()
-        advance()
-
-
-def fit_denoiser(denoiser: Denoiser, x: Tensor, advance: Advance, *, epochs: int, ema: float) -> None:
-    """The simple DDPM objective ‖ε − eps(x_t, t)‖² (Ho et al. 2020, eq. 14); keeps an average of the weights."""
-    weights: list[Tensor] = list(denoiser.parameters())
-    average = [weight.detach().clone() for weight in weights]
-    optimizer = torch.optim.Adam(weights, lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    images = denoiser.encode(x)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(2 * BATCH):
-            t = torch.randint(1, denoiser.levels + 1, (len(rows),))
-            z = torch.randn_like(images[rows])
-            optimizer.zero_grad()
-            F.mse_loss(denoiser.eps(denoiser.diffuse(images[rows], t, z), t), z).backward()
-            optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(average, weights, 1 - ema)
-        schedule.step()
-        advance()
-    with torch.no_grad():
-        torch._foreach_copy_(weights, average)
-
-
-@torch.no_grad()
-def accuracy(network: nn.Module, x: Tensor, y: Tensor, perturb: Perturb) -> float:
-    """The share of (perturbed) images that the network gets right."""
-    return float((network(perturb(network, x, y)).argmax(1) == y).double().mean())
-
-
-@torch.no_grad()
-def noise_error(denoiser: Denoiser, x: Tensor) -> float:
-    """The mean squared error of eps over images and levels 50, 100, …, 400; 1 is what eps = 0 would have."""
-    images = denoiser.encode(x)
-    errors = []
-    for t in range(50, 401, 50):
-        z = torch.randn_like(images)
-        errors.append(F.mse_loss(denoiser.eps(denoiser.diffuse(images, t, z), t), z))
-    return float(torch.stack(errors).mean())
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one weight file is made.
-
-    Attributes:
-        options: what the manifest says of the training; `epochs` among them.
-        perturb: what a classifier is trained on; None trains a denoiser.
-    """
-
-    options: dict[str, Any]
-    perturb: Perturb | None = None
-
-    def run(self, seed: int, advance: Advance, epochs: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Trained weights, and what was measured on the test split."""
-        x, y = load("digits", train_split("digits"))
-        x_test, y_test = load("digits", test_ids("digits"))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if self.perturb is None:
-                denoiser = UNetDenoiser(digits_unet())
-                fit_denoiser(denoiser, x, advance, epochs=epochs, ema=self.options["ema"])
-                return denoiser.state_dict(), {"noise_error": noise_error(denoiser.eval(), x_test)}
-            network = DigitsCNN()
-            fit_classifier(network, x, y, advance, epochs=epochs, perturb=self.perturb)
-            measured = {"clean_accuracy": accuracy(network.eval(), x_test, y_test, unchanged)}
-            if "sigma" in self.options:
-                measured["noisy_accuracy"] = accuracy(network, x_test, y_test, self.perturb)
-            return network.state_dict(), measured
-
-
-DIGITS = {
-    "undefended": Recipe({"epochs": 60}, unchanged),
-    "adversarial_training": Recipe({"epochs": 80, "attack": "pgd", "eps": "1/5", "steps": 7}, pgd("1/5", 7)),
-    "smoothing": Recipe({"epochs": 80, "sigma": 0.25}, gaussian(0.25)),
-    "denoiser": Recipe({"epochs": 700, "ema": 0.999}),
-}
 
 
 def write(path: Path, content: bytes) -> None:

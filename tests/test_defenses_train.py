@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from assay import data
-from assay.defenses import diffpure, smoothing, train
+from assay.defenses import diffpure, fitting, recipes, smoothing, train
 from assay.defenses.checkpoints import WEIGHTS, load_weights, read_manifest
-from assay.defenses.denoiser import MixtureDenoiser, UNetDenoiser, digits_unet
+from assay.defenses.denoiser import EDMDenoiser, ScoreDenoiser, UNetDenoiser, decode, small_unet
+from assay.defenses.mixture import MixtureDenoiser
 from assay.defenses.networks import DigitsCNN
 
 
@@ -51,7 +52,7 @@ def test_the_manifest_keeps_other_entries_and_tells_the_truth(tmp_path: Path) ->
         assert entry["recipe"]["epochs"] == 1
         assert entry["seed"] == 0
     denoiser = "digits/denoiser.safetensors"
-    load_weights(UNetDenoiser(digits_unet()), tmp_path / denoiser, entries[denoiser]["sha256"])
+    load_weights(UNetDenoiser(small_unet()), tmp_path / denoiser, entries[denoiser]["sha256"])
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -67,7 +68,7 @@ def test_pgd_perturbs_inside_the_ball_and_raises_the_loss() -> None:
     load_weights(network, WEIGHTS / "digits/undefended.safetensors", entry["sha256"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        z = train.pgd("1/5", 7)(network.requires_grad_(False), x, y)
+        z = fitting.pgd("1/5", 7)(network.requires_grad_(False), x, y)
     assert float((z - x).abs().max()) <= 0.2 + 1e-7
     assert 0 <= float(z.min()) <= float(z.max()) <= 1
     assert float(F.cross_entropy(network(z), y)) > 10 * float(F.cross_entropy(network(x), y))
@@ -78,18 +79,18 @@ def test_noise_error_of_an_exact_denoiser_is_its_closed_form() -> None:
     exact = MixtureDenoiser(torch.ones(1), torch.zeros(1, 1, 8, 8), torch.tensor([std]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        measured = train.noise_error(exact, exact.decode(std * torch.randn(2000, 1, 8, 8)))
-    alpha_bars = exact.alpha_bars[50:401:50]
-    # Of N(0, s²) data, eps keeps the variance ᾱs²/(ᾱs² + 1 − ᾱ).
-    signal = alpha_bars * std**2
-    assert measured == pytest.approx(float((signal / (signal + 1 - alpha_bars)).mean()), rel=0.02)
+        images = decode(std * torch.randn(2000, 1, 8, 8))
+        measured = recipes.noise_error(exact, images, torch.zeros(2000))["noise_error"]
+    sigmas = exact.schedule.sigmas[50:401:50]
+    # Of N(0, s²) data, the noise keeps the variance s²/(s² + σ²).
+    assert measured == pytest.approx(float((std**2 / (std**2 + sigmas**2)).mean()), rel=0.02)
 
 
 def test_the_packaged_weights_are_the_recipes() -> None:
     entries = read_manifest()
-    assert {Path(name).stem for name in entries} == set(train.DIGITS)
+    assert {Path(name).stem for name in entries} == set(recipes.DIGITS)
     for name, entry in entries.items():
-        assert entry["recipe"] == train.DIGITS[Path(name).stem].options
+        assert entry["recipe"] == recipes.DIGITS[Path(name).stem].options
     assert entries[smoothing.DIGITS]["recipe"]["sigma"] == smoothing.SIGMA
     assert entries[diffpure.DENOISER]["test"]["noise_error"] < 0.2
 
@@ -121,22 +122,79 @@ def test_the_command_prints_what_it_wrote(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_recipe_runs(tmp_path: Path) -> None:
-    entries = run(list(train.DIGITS), tmp_path, epochs=2)
-    assert len(entries) == len(train.DIGITS)
+    entries = run(list(recipes.DIGITS), tmp_path, epochs=2)
+    assert len(entries) == len(recipes.DIGITS)
     assert entries["digits/adversarial_training.safetensors"]["test"]["clean_accuracy"] > 0.3
 
 
 @pytest.mark.slow
 def test_a_denoiser_learns_and_ends_on_its_average() -> None:
-    x, _ = data.load("digits", data.train_split("digits"))
+    x, y = data.load("digits", data.train_split("digits"))
     steps: list[None] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        first, second = (UNetDenoiser(digits_unet()) for _ in range(2))
+        first, second = (UNetDenoiser(small_unet()) for _ in range(2))
         before = {key: value.clone() for key, value in second.state_dict().items()}
-        train.fit_denoiser(first, x, lambda: steps.append(None), epochs=15, ema=0.9)
-        assert train.noise_error(first, x) < 0.5
+        fitting.fit_denoiser(first, x, y, lambda: steps.append(None), epochs=15, ema=0.9)
+        assert recipes.noise_error(first, x, y)["noise_error"] < 0.5
         # An average that forgets nothing stays where it began, wherever training went.
-        train.fit_denoiser(second, x[:64], lambda: None, epochs=2, ema=1.0)
+        fitting.fit_denoiser(second, x[:64], y[:64], lambda: None, epochs=2, ema=1.0)
     assert len(steps) == 15
     assert all(torch.equal(before[key], value) for key, value in second.state_dict().items())
+
+
+def test_trades_penalises_the_divergence_that_its_attack_raises() -> None:
+    x, y = data.load("digits", data.train_split("digits")[:128])
+    gaps = []
+    for beta in (0.0, 6.0):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = DigitsCNN(width=8)
+            fitting.fit_trades(network, x, y, lambda: None, epochs=60, eps="1/10", steps=3, beta=beta)
+            z = fitting.pgd("1/10", 5)(network, x, y)
+            logits = network(z).log_softmax(1)
+            gaps.append(float(F.kl_div(logits, network(x).softmax(1), reduction="batchmean").detach()))
+    assert gaps[1] < 0.7 * gaps[0]
+
+
+def test_score_matching_finds_the_score_of_a_gaussian() -> None:
+    std = 0.5
+
+    class Linear(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.slope * x
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = decode(std * torch.randn(4096, 1, 2, 2))
+        denoiser = ScoreDenoiser(Linear(), (0.5, 0.5001))
+        fitting.fit_score(denoiser, x, torch.zeros(4096), lambda: None, epochs=70, ema=0.0)
+    # s(x, σ) = −x/(s² + σ²), so f = σ·s has the slope −σ/(s² + σ²) = −1.
+    assert float(denoiser.network.slope.detach()) == pytest.approx(-1, abs=0.03)
+
+
+def test_heads_are_trained_on_their_own_classes() -> None:
+    class Constant(torch.nn.Module):
+        """Predicts an image of one value a head, whatever it sees."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.values = torch.nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+            return (self.values[None, :, None, None].expand(len(x), 3, 2, 2),)
+
+    y = torch.arange(512) % 2
+    x = (0.25 + 0.5 * y)[:, None, None, None].expand(512, 1, 2, 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        denoiser = EDMDenoiser(Constant(), n_classes=2, sigma_range=(3.99, 4.01))
+        fitting.fit_heads(denoiser, x, y, lambda: None, epochs=500, ema=0.0, mean=1.386, std=0.001)
+    noised = 4 * torch.randn(4096, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    heads = denoiser.heads(noised, 4.0).mean((0, 2, 3, 4))
+    # Pixels .25 and .75 are −.5 and .5; what all heads keep of the input averages out.
+    assert heads.tolist() == pytest.approx([-0.5, 0.5, 0.0], abs=0.1)
