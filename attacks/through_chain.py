@@ -7,8 +7,11 @@ from torch import Tensor
 from assay.attack import AttackSpec, Target
 from assay.attacks.ascent import ascend
 from assay.chain import Chain
+from assay.errors import InputError, nearest
 from assay.noise import Noise
 from assay.threat import ThreatModel
+
+VARIANTS = ("exact", "first-order", "relaxed")
 
 
 def through_chain(
@@ -24,6 +27,7 @@ def through_chain(
     restarts: int = 1,
     optimizer: str = "apgd",
     loss: str = "margin",
+    variant: str = "exact",
 ) -> Tensor:
     """Ascent along the gradient of the whole process, second-order terms of inner gradients included.
 
@@ -35,12 +39,19 @@ def through_chain(
         eot: draws averaged for each loss and gradient, for a stochastic target.
         alpha: PGD's step length in pixel units; by default 2.5 · eps / steps.
         optimizer: `"apgd"` or `"pgd"`.
+        variant: `"exact"`; `"first-order"` takes the gradients that steps compute for themselves as
+            constants; `"relaxed"` goes through the defense's `relaxed` chain, where its discrete
+            choices are soft, and what it breaks counts only once the defense itself confirms it.
 
     Raises:
-        ThreatViolation: where the defense offers no `chain`.
+        ThreatViolation: where the defense offers no `chain`, or no `relaxed`.
         InputError: for a bad option.
     """
-    chain: Chain = target.handle("chain")()
+    if variant not in VARIANTS:
+        raise InputError(f"through_chain has no variant called {variant!r}.{nearest(variant, VARIANTS)}")
+    chain: Chain = target.handle("relaxed" if variant == "relaxed" else "chain")()
+    if variant == "first-order":
+        chain = chain.first_order()
 
     def forward(z: Tensor, draws: Noise) -> Tensor:
         return chain(z, draws, mode="exact")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-Handle = Literal["stages", "chain", "surrogate", "components", "votes"]
+Handle = Literal["stages", "chain", "surrogate", "relaxed", "components", "votes"]
 Aggregation = Literal["logits", "probabilities", "majority"]
 SLUG = r"^[a-z0-9][a-z0-9_.-]*$"
 """Names that become folder names: nothing in them climbs out of a folder."""
@@ -84,7 +84,9 @@ class Card(Strict):
         traits, handles, votes: see there. A handle that is not listed is not used by any attack.
         datasets: the data sets for which weights exist.
         weights: file name -> SHA-256 of every weight file.
-        network_calls: network forwards for one draw of the answer, per sample.
+        network_calls: network forwards for one draw of the answer, per sample; a prediction takes
+            `votes.draws` of them.
+        gradient_calls: network forwards for the gradient of one draw, steps that a chain replays included.
         known_broken: calibrates the board; a good score of such a row means a broken board.
         claims: numbers reported elsewhere.
     """
@@ -102,5 +104,6 @@ class Card(Strict):
     datasets: tuple[str, ...] = ()
     weights: dict[str, str] = Field(default_factory=dict)
     network_calls: int | None = Field(default=None, ge=0)
+    gradient_calls: int | None = Field(default=None, ge=0)
     known_broken: bool = False
     claims: tuple[Claim, ...] = ()

@@ -12,7 +12,9 @@ that a guided chain's memory grew as a full graph's does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,6 +29,10 @@ Step = Callable[[State, Tensor, Noise], State]
 Readout = Callable[[State, Tensor, Noise], Tensor]
 Observer = Callable[[int, State], None]
 Mode = Literal["exact", "full"]
+
+
+_first_order: ContextVar[bool] = ContextVar("first_order", default=False)
+"""Whether inner gradients are taken as constants just now; set by the parts of `Chain.first_order()` alone."""
 
 
 def _first(state: State, x: Tensor, noise: Noise) -> Tensor:
@@ -89,6 +95,30 @@ class Chain:
             return function(self.readout(state, x, noise.child("inner")), noise.child("then"))
 
         return Chain(self.start, self.steps, readout, self.network_calls)
+
+    def first_order(self) -> Chain:
+        """The same process whose `inner_gradient`s have no gradient of their own: second-order terms dropped."""
+        steps = [_constant(step) for step in self.steps]
+        return Chain(_constant(self.start), steps, _constant(self.readout), self.network_calls)
+
+
+def _constant(part: Callable[..., Any]) -> Callable[..., Any]:
+    """`part` with its inner gradients as constants, in the forward pass and wherever a replay runs it again."""
+
+    def run(*arguments: Any) -> Any:
+        with _dropping_second_order():
+            return part(*arguments)
+
+    return run
+
+
+@contextmanager
+def _dropping_second_order() -> Iterator[None]:
+    token = _first_order.set(True)
+    try:
+        yield
+    finally:
+        _first_order.reset(token)
 
 
 def _plain(part: Step, state: State, x: Tensor, noise: Noise) -> State:
@@ -159,9 +189,10 @@ def inner_gradient(function: Callable[[Tensor], Tensor], at: Tensor, *, second_o
 
     Works where gradients are disabled (a forward-only run). Where the caller is building a graph
     the result stays differentiable, through `at` and through whatever `function` closes over, so
-    that the chain's own gradient has its second-order terms; `second_order=False` drops them.
+    that the chain's own gradient has its second-order terms; `second_order=False` drops them,
+    and so does `Chain.first_order`.
     """
-    outer = torch.is_grad_enabled() and second_order
+    outer = torch.is_grad_enabled() and second_order and not _first_order.get()
     with torch.enable_grad():
         point = at if outer and at.requires_grad else at.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(function(point).sum(), point, create_graph=outer)

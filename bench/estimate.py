@@ -12,7 +12,6 @@ from assay import data
 from assay.attack import Target
 from assay.harness import CLEAN, FINAL, Job
 from assay.noise import Noise
-from assay.shortlist import KEEP, SELECTION
 
 _SAMPLES = 32
 _ROWS = 512
@@ -44,7 +43,8 @@ def seconds_per_sample(job: Job, *, clock: Callable[[], float] = time.perf_count
     backward = max(0.0, both - forward)
     draws = job.board.draws if target.stochastic else 1
     scoring = draws * job.defense.card.votes.draws * forward
-    seconds = {CLEAN: scoring, FINAL: scoring * (1 + KEEP * SELECTION) if target.stochastic else 0.0}
+    chosen = sum(kept * draws for kept, draws in job.selection) * job.defense.card.votes.draws * forward
+    seconds = {CLEAN: scoring, FINAL: scoring + chosen if target.stochastic else 0.0}
     for attack in job.planned:
         seconds[attack.name] = scoring + attack.forward * forward + attack.backward * backward
     return seconds

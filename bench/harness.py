@@ -27,8 +27,9 @@ from assay.noise import Noise
 from assay.norms import TOLERANCE, distance, violation
 from assay.protocol import PlannedAttack
 from assay.reporter import Reporter, Silent
+from assay.rules import SELECTION
 from assay.rundir import Arrays, RunDir
-from assay.shortlist import KEEP, SELECTION, Shortlist
+from assay.shortlist import Round, Shortlist
 
 CLEAN, FINAL = "clean", "final"
 _PREFLIGHT_SAMPLES = 16
@@ -46,6 +47,7 @@ class Job:
         source: the undefended model whose adversarial examples are transferred.
         checks: names of the preflight checks.
         seed: the run's seed.
+        selection: rounds of the last choice among a stochastic defense's candidates.
     """
 
     defense: Defense
@@ -56,6 +58,7 @@ class Job:
     source: Defense | None
     checks: tuple[str, ...]
     seed: int
+    selection: tuple[Round, ...] = SELECTION
     device: str = "cpu"
     reporter: Reporter = field(default_factory=Silent)
 
@@ -127,7 +130,7 @@ class _Shard:
         self.x, self.y = data.load(job.board.dataset, self.ids, device=job.device)
         self.noise = Noise.from_seed(job.seed, self.ids)
         self.draws = job.board.draws if job.defense.card.traits.stochastic else 1
-        self.shortlist = Shortlist(self.x, KEEP if self.draws > 1 else 1)
+        self.shortlist = Shortlist(self.x, job.selection[0][0] if self.draws > 1 else 1)
         self.standing = np.ones(len(self.ids), dtype=bool)
         self.arrays: Arrays = {
             "id": np.asarray(self.ids, dtype=np.int64),
@@ -165,8 +168,6 @@ class _Shard:
         if options.get("source") == "board":
             assert job.source is not None
             options["source"] = Target(job.source, n)
-        elif options.get("source") == "classifier":
-            options["source"] = None
         noise = self.noise.child("attack", planned.name)[rows]
         x, y = self.x[rows], self.y[rows]
         started = time.perf_counter()
@@ -255,17 +256,25 @@ class _Shard:
         }
 
     def _choose_and_score(self) -> Arrays:
-        """Chooses among each sample's shortlist on draws of their own, then scores the choice on fresh ones."""
-        n, keep = len(self.ids), self.shortlist.keep
+        """Chooses among each sample's shortlist on draws of their own, then scores the choice on fresh ones.
+
+        A sample that is broken beyond doubt keeps the candidate that broke it: no call could choose better.
+        """
+        n = len(self.ids)
         target = Target(self.job.defense, n, on_calls=self.job.reporter.calls)
-        index = torch.arange(n).repeat_interleave(keep)
-        # A sample's candidates share their draws: what differs between their scores is then theirs.
-        noise = self.noise.child("select")[index]
+
+        def count(points: Tensor, index: Tensor, draws: int, number: int) -> Tensor:
+            # A sample's candidates share their draws: what differs between their scores is then theirs.
+            noise = self.noise.child("select", number)[index]
+            right, _ = _vote(target.answer(points, noise, repeats=draws), self.y[index.to(self.y.device)])
+            return right.cpu()
+
+        _, best = self.shortlist.lowest()
+        rows = torch.from_numpy(self.standing.nonzero()[0])
         started = time.perf_counter()
         with self._named("the last choice"):
-            logits = target.answer(self.shortlist.points.flatten(0, 1), noise, repeats=SELECTION * self.draws)
-            right, _ = _vote(logits, self.y[index.to(self.y.device)])
-        best = self.shortlist.pick(right.cpu().view(n, keep).argmin(1))
+            if len(rows):
+                best[rows] = self.shortlist.choose(rows, self.job.selection, count)
         seconds = (time.perf_counter() - started) / n
         part = self._score(FINAL, np.ones(n, dtype=bool), best)
         part["forward"] += target.calls.forward.numpy()

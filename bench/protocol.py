@@ -1,159 +1,37 @@
 """The evaluation protocol: a versioned table from traits to mandatory attacks, budgets and decision rules.
 
-Readable without torch. A protocol's digest covers everything that this file says of a profile, so
-rows measured under different budgets never share a table.
+Readable without torch. A protocol's digest covers everything that this file and `rules` say of
+a profile, so rows measured under different budgets never share a table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Literal
 
-from assay.card import TRAITS, Card, Handle
+from assay.card import TRAITS, Card
 from assay.digest import sha256_of_json
 from assay.errors import InputError, nearest
 from assay.finding import Status
+from assay.rules import FAMILIES, PROFILES, RULES_2026_1, SELECTION, Family, Options, ProfileName, Rule
 
-ProfileName = Literal["quick", "standard", "thorough"]
+__all__ = [
+    "FAMILIES",
+    "PROFILES",
+    "PROTOCOLS",
+    "Family",
+    "Options",
+    "PlannedAttack",
+    "ProfileName",
+    "Protocol",
+    "Rule",
+    "Verdict",
+    "load_protocol",
+    "verdict",
+]
+
 Verdict = Literal["verified", "flagged", "failed", "incomplete"]
-Family = Literal["noise", "transfer", "pgd", "apgd", "autoattack", "bpda", "chain", "surrogate", "black-box"]
-Options = Mapping[str, Any]
-
-PROFILES: tuple[ProfileName, ...] = get_args(ProfileName)
-FAMILIES: tuple[Family, ...] = get_args(Family)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One row of the table: defenses with `trait` must face `attack` with these options.
-
-    Rules are read from top to bottom. A later rule with the name of an earlier one that applies
-    changes that attack's options and adds its reason; the attack stays where it first stood, so
-    the table's order is the cascade's order, from cheap to dear.
-
-    Attributes:
-        name: the attack's name in plans, records and tables.
-        attack: the registry's name.
-        family: the table column it counts towards.
-        trait: a trait of the card, or `any`, or `deterministic` (not stochastic).
-        why: a sentence for the plan.
-        options: keyword arguments of the attack, per profile.
-        handles: handles that the attack needs; a defense without them leaves its record incomplete.
-        min_classes: defenses with fewer classes are exempt.
-        where_offered: asked only of defenses that offer the handles.
-    """
-
-    name: str
-    attack: str
-    family: Family
-    trait: str
-    why: str
-    options: Mapping[ProfileName, Options]
-    handles: tuple[Handle, ...] = ()
-    min_classes: int = 2
-    where_offered: bool = False
-
-
-def _budget(quick: Options, standard: Options, *, doubled: str = "steps", fixed: Options | None = None) -> Any:
-    """Options per profile; `thorough` is `standard` with five times the restarts and `doubled` doubled."""
-    shared = dict(fixed or {})
-    thorough = dict(standard)
-    thorough[doubled] = 2 * standard[doubled]
-    if doubled == "steps":
-        thorough["restarts"] = 5 * standard.get("restarts", 1)
-    return {"quick": {**shared, **quick}, "standard": {**shared, **standard}, "thorough": {**shared, **thorough}}
-
-
-_RULES_2026_1 = (
-    Rule(
-        "uniform", "uniform", "noise", "any", "random points show what an attack must beat",
-        _budget({"tries": 10}, {"tries": 10}, doubled="tries"),
-    ),
-    Rule(
-        "transfer", "transfer", "transfer", "any", "adversarial examples of the board's undefended model",
-        _budget({"steps": 20}, {"steps": 50}, fixed={"source": "board"}),
-    ),
-    Rule(
-        "transfer-classifier", "transfer", "transfer", "purifies", "attacks the classifier alone, past the purifier",
-        _budget({"steps": 20}, {"steps": 50}, fixed={"source": "classifier"}), handles=("stages",),
-    ),
-    Rule(
-        "bpda", "bpda", "bpda", "non_differentiable", "the identity backward gets past steps without a gradient",
-        _budget({"steps": 20, "eot": 1}, {"steps": 100, "eot": 1}), handles=("stages",), where_offered=True,
-    ),
-    Rule(
-        "bpda", "bpda", "bpda", "purifies", "the identity backward through the purifier (Athalye et al. 2018)",
-        _budget({"steps": 20, "eot": 1}, {"steps": 100, "eot": 1}), handles=("stages",),
-    ),
-    Rule(
-        "bpda", "bpda", "bpda", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "eot": 8}, {"steps": 50, "eot": 20}), handles=("stages",),
-    ),
-    Rule(
-        "surrogate", "surrogate", "surrogate", "iterative", "fewer steps, same total noise (Lee & Kim 2023)",
-        _budget({"steps": 20, "eot": 1}, {"steps": 100, "eot": 1}, fixed={"chain_steps": 5}), handles=("surrogate",),
-    ),
-    Rule(
-        "surrogate", "surrogate", "surrogate", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "eot": 8}, {"steps": 50, "eot": 20}, fixed={"chain_steps": 5}), handles=("surrogate",),
-    ),
-    Rule(
-        "apgd-ce", "apgd", "apgd", "any", "parameter-free PGD on the cross-entropy (Croce & Hein 2020)",
-        _budget({"steps": 20}, {"steps": 100}, fixed={"loss": "ce"}),
-    ),
-    Rule(
-        "apgd-ce", "apgd", "apgd", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "eot": 8}, {"steps": 50, "eot": 20}, fixed={"loss": "ce"}),
-    ),
-    Rule(
-        "pgd", "pgd", "pgd", "any", "projected gradient ascent from a random start (Madry et al. 2018)",
-        _budget({"steps": 20}, {"steps": 100}, fixed={"loss": "ce"}),
-    ),
-    Rule(
-        "pgd", "pgd", "pgd", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "eot": 8}, {"steps": 50, "eot": 20}, fixed={"loss": "ce"}),
-    ),
-    Rule(
-        "through_chain", "through_chain", "chain", "iterative", "the exact gradient through every step, margin loss",
-        _budget({"steps": 20, "eot": 1}, {"steps": 100, "eot": 1}, fixed={"loss": "margin"}), handles=("chain",),
-    ),
-    Rule(
-        "through_chain", "through_chain", "chain", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "eot": 8}, {"steps": 50, "eot": 20}, fixed={"loss": "margin"}), handles=("chain",),
-    ),
-    Rule(
-        "apgd-t", "apgd", "apgd", "any", "targets the runner-up classes, where untargeted losses stall",
-        _budget({"steps": 20, "targets": 3}, {"steps": 100, "targets": 9}, fixed={"loss": "dlr-targeted"}),
-        min_classes=4,
-    ),
-    Rule(
-        "apgd-t", "apgd", "apgd", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "targets": 1, "eot": 8}, {"steps": 50, "targets": 1, "eot": 20},
-                fixed={"loss": "dlr-targeted"}),
-        min_classes=4,
-    ),
-    Rule(
-        "autoattack", "autoattack", "autoattack", "deterministic", "the authors' own AutoAttack, standard",
-        {name: {"version": "standard"} for name in PROFILES}, min_classes=4,
-    ),
-    Rule(
-        "square", "square", "black-box", "any", "needs no gradient, so masking can't stop it",
-        _budget({"queries": 500}, {"queries": 5000}, doubled="queries"),
-    ),
-    Rule(
-        "square", "square", "black-box", "stochastic", "each comparison averages draws",
-        _budget({"queries": 50, "eot": 8}, {"queries": 500, "eot": 10}, doubled="queries"),
-    ),
-    Rule(
-        "square", "square", "black-box", "non_differentiable", "five times the queries where gradients say little",
-        _budget({"queries": 1000}, {"queries": 25000}, doubled="queries"),
-    ),
-    Rule(
-        "square", "square", "black-box", "stochastic+non_differentiable", "five times the queries, averaged",
-        _budget({"queries": 100, "eot": 8}, {"queries": 2500, "eot": 10}, doubled="queries"),
-    ),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -187,6 +65,8 @@ class Protocol:
         samples: how many of a board's ids each profile takes (None: all of them).
         ranked: profiles whose rows may be ranked.
         decision: the rule behind the ranking number of stochastic defenses.
+        selection: rounds of the last choice among a stochastic defense's candidates: how many of each
+            sample take part, and the fresh draws each gets. The winners are scored on draws of their own.
     """
 
     id: str
@@ -195,6 +75,7 @@ class Protocol:
     samples: Mapping[ProfileName, int | None]
     ranked: tuple[ProfileName, ...] = ("standard", "thorough")
     decision: str = "expected"
+    selection: tuple[tuple[int, int], ...] = SELECTION
 
     def digest(self, profile: ProfileName) -> str:
         """The SHA-256 of all that this protocol prescribes under a profile; its explanations are left out."""
@@ -252,6 +133,10 @@ COSTS: Mapping[str, Callable[[Options, int, int], tuple[int, int]]] = {
     "bpda": lambda o, k, v: (_ascent(o, k, v)[0], 0),
     "through_chain": _ascent,
     "surrogate": _ascent,
+    # The clean image's trajectory beside the attacked one's.
+    "step_losses": lambda o, k, v: (2 * _ascent(o, k, v)[0], _ascent(o, k, v)[1]),
+    # All draws forward, one representative path backward.
+    "diffhammer": lambda o, k, v: ((o["eot"] + 2) * o["steps"] * o["restarts"], o["steps"] * o["restarts"]),
     # apgd-ce 100 steps, apgd-t and fab-t 9 × 100 (fab: two forwards a step), square 5,000.
     "autoattack": lambda o, k, v: (100 + 900 + 1800 + 5000, 100 + 900 + 900),
     "square": lambda o, k, v: (o["queries"] * o.get("eot", 1), 0),
@@ -261,7 +146,7 @@ COSTS: Mapping[str, Callable[[Options, int, int], tuple[int, int]]] = {
 PROTOCOLS: Mapping[str, Protocol] = {
     "2026.1": Protocol(
         id="2026.1",
-        rules=_RULES_2026_1,
+        rules=RULES_2026_1,
         checks=("interface", "modes", "honest_randomness", "batch_independence"),
         samples={"quick": 50, "standard": None, "thorough": None},
     ),

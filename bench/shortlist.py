@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-KEEP = 8
-"""Candidates a sample of a stochastic defense keeps for the last choice."""
-SELECTION = 4
-"""The last choice takes this many times the board's draws, so that it is not led by luck."""
+Round = tuple[int, int]
+"""Candidates a sample that take part, and the draws each of them gets."""
+Count = Callable[[Tensor, Tensor, int, int], Tensor]
+"""`(points, rows, draws, round) -> ` right answers of each point in so many fresh draws, `(len(points),)`."""
 
 
 class Shortlist:
@@ -50,3 +52,21 @@ class Shortlist:
     def pick(self, slot: Tensor) -> Tensor:
         """One candidate a sample, by its place in the list `(n,)`."""
         return self.points[torch.arange(len(slot)), slot]
+
+    def choose(self, rows: Tensor, rounds: Sequence[Round], count: Count) -> Tensor:
+        """The strongest candidate of some samples, `(len(rows), c, h, w)`, by successive halving.
+
+        Each round judges the candidates that the rounds before left with the fewest right answers
+        in all, on draws of its own; the last round's lowest total wins. Most calls go to the few
+        candidates that are hard to tell apart.
+        """
+        left = torch.arange(self.keep).expand(len(rows), -1)
+        totals = torch.zeros(len(rows), self.keep, dtype=torch.int64)
+        for number, (kept, draws) in enumerate(rounds):
+            order = totals.argsort(dim=1, stable=True)[:, :kept]
+            left, totals = left.gather(1, order), totals.gather(1, order)
+            index = rows.repeat_interleave(left.shape[1])
+            right = count(self.points[index, left.flatten()], index, draws, number)
+            totals = totals + right.view(totals.shape)
+        best = left.gather(1, totals.argmin(1, keepdim=True)).squeeze(1)
+        return self.points[rows, best]

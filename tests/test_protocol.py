@@ -17,7 +17,7 @@ from assay.protocol import FAMILIES, PROFILES, PROTOCOLS, PlannedAttack, Profile
 from assay.registry import ATTACKS
 
 PROTOCOL = load_protocol("2026.1")
-GRADIENT = ("pgd", "apgd", "bpda", "chain", "surrogate")
+GRADIENT = ("pgd", "apgd", "bpda", "chain", "surrogate", "step-losses", "diffhammer")
 
 cards = st.builds(
     lambda traits, handles, draws: Card(
@@ -47,11 +47,14 @@ def test_every_card_has_a_plan_with_the_attacks_that_any_defense_faces(
     assert {"uniform", "transfer", "pgd", "apgd-ce", "square"} <= set(planned)
     assert ("apgd-t" in planned) == (k >= 4)
     assert ("autoattack" in planned) == (k >= 4 and not card.traits.stochastic)
-    assert ("transfer-classifier" in planned) == card.traits.purifies
+    assert ("transfer-components" in planned) == (card.traits.purifies or "components" in card.handles)
+    assert ("diffhammer" in planned) == (card.traits.purifies and card.traits.stochastic)
+    assert ("first-order" in planned) == card.traits.inner_gradient
+    assert ("relaxed" in planned) == ({"relaxed", "chain"} <= set(card.handles))
     if card.traits.purifies:
         assert "bpda" in planned
     if card.traits.iterative:
-        assert {"surrogate", "through_chain"} <= set(planned)
+        assert {"surrogate", "through_chain", "step_losses"} <= set(planned)
     if card.traits.non_differentiable and "stages" in card.handles:
         assert "bpda" in planned
     for attack in planned.values():
@@ -85,10 +88,13 @@ def test_gradients_of_a_stochastic_defense_are_averaged_over_twenty_draws_or_mor
 
 @given(cards, classes, profiles)
 def test_a_handle_that_the_card_lacks_makes_the_record_incomplete(card: Card, k: int, profile: ProfileName) -> None:
-    needs = {"bpda": "stages", "transfer-classifier": "stages", "surrogate": "surrogate", "through_chain": "chain"}
+    needs = {"bpda": "stages", "diffhammer": "stages", "surrogate": "surrogate"}
+    needs |= dict.fromkeys(("through_chain", "step_losses", "first-order"), "chain")
     planned = plan(card, k, profile)
     for attack in planned.values():
         handle = needs.get(attack.name)
+        if attack.name == "transfer-components" and card.traits.purifies:
+            handle = "stages"  # a purifier's classifier stands in for components it doesn't name
         assert bool(attack.missing) == (handle is not None and handle not in card.handles)
         if attack.missing:
             assert handle

@@ -1,0 +1,204 @@
+"""The rules of each protocol version: which trait makes which attack mandatory, with which options.
+
+Data, readable without torch. What is done with it stands in `protocol`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from assay.card import Handle
+
+ProfileName = Literal["quick", "standard", "thorough"]
+Family = Literal[
+    "noise",
+    "transfer",
+    "pgd",
+    "apgd",
+    "autoattack",
+    "bpda",
+    "chain",
+    "surrogate",
+    "step-losses",
+    "diffhammer",
+    "black-box",
+]
+Options = Mapping[str, Any]
+
+PROFILES: tuple[ProfileName, ...] = get_args(ProfileName)
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table: defenses with `trait` must face `attack` with these options.
+
+    Rules are read from top to bottom. A later rule with the name of an earlier one that applies
+    changes that attack's options and adds its reason; the attack stays where it first stood, so
+    the table's order is the cascade's order, from cheap to dear.
+
+    Attributes:
+        name: the attack's name in plans, records and tables.
+        attack: the registry's name.
+        family: the table column it counts towards.
+        trait: a trait of the card, or `any`, or `deterministic` (not stochastic).
+        why: a sentence for the plan.
+        options: keyword arguments of the attack, per profile.
+        handles: handles that the attack needs; a defense without them leaves its record incomplete.
+        min_classes: defenses with fewer classes are exempt.
+        where_offered: asked only of defenses that offer the handles.
+    """
+
+    name: str
+    attack: str
+    family: Family
+    trait: str
+    why: str
+    options: Mapping[ProfileName, Options]
+    handles: tuple[Handle, ...] = ()
+    min_classes: int = 2
+    where_offered: bool = False
+
+
+def _budget(quick: Options, standard: Options, *, doubled: str = "steps", fixed: Options | None = None) -> Any:
+    """Options per profile; `thorough` is `standard` with five times the restarts and `doubled` doubled."""
+    shared = dict(fixed or {})
+    thorough = dict(standard)
+    thorough[doubled] = 2 * standard[doubled]
+    if doubled == "steps":
+        thorough["restarts"] = 5 * standard.get("restarts", 1)
+    return {"quick": {**shared, **quick}, "standard": {**shared, **standard}, "thorough": {**shared, **thorough}}
+
+
+RULES_2026_1 = (
+    Rule(
+        "uniform", "uniform", "noise", "any", "random points show what an attack must beat",
+        _budget({"tries": 10}, {"tries": 10}, doubled="tries"),
+    ),
+    Rule(
+        "transfer", "transfer", "transfer", "any", "adversarial examples of the board's undefended model",
+        _budget({"steps": 20}, {"steps": 50}, fixed={"source": "board"}),
+    ),
+    Rule(
+        "transfer-components", "transfer", "transfer", "any", "attacks the defense's own parts",
+        _budget({"steps": 20}, {"steps": 50}, fixed={"source": "components"}), handles=("components",),
+        where_offered=True,
+    ),
+    Rule(
+        "transfer-components", "transfer", "transfer", "purifies", "attacks the classifier alone, past the purifier",
+        _budget({"steps": 20}, {"steps": 50}, fixed={"source": "components"}), handles=("stages",),
+    ),
+    Rule(
+        "bpda", "bpda", "bpda", "non_differentiable", "the identity backward gets past steps without a gradient",
+        _budget({"steps": 20, "eot": 1}, {"steps": 100, "eot": 1}), handles=("stages",), where_offered=True,
+    ),
+    Rule(
+        "bpda", "bpda", "bpda", "purifies", "the identity backward through the purifier (Athalye et al. 2018)",
+        _budget({"steps": 20, "eot": 1}, {"steps": 100, "eot": 1}), handles=("stages",),
+    ),
+    Rule(
+        "bpda", "bpda", "bpda", "stochastic", "the gradient is averaged over draws",
+        _budget({"steps": 15, "eot": 8}, {"steps": 50, "eot": 20}), handles=("stages",),
+    ),
+    Rule(
+        "surrogate", "surrogate", "surrogate", "iterative", "fewer steps, same total noise (Lee & Kim 2023)",
+        _budget({"steps": 20, "eot": 1}, {"steps": 100, "eot": 1}, fixed={"chain_steps": 3}), handles=("surrogate",),
+    ),
+    Rule(
+        "surrogate", "surrogate", "surrogate", "stochastic", "the gradient is averaged over draws",
+        _budget({"steps": 15, "eot": 8}, {"steps": 50, "eot": 20}, fixed={"chain_steps": 3}), handles=("surrogate",),
+    ),
+    Rule(
+        "apgd-ce", "apgd", "apgd", "any", "parameter-free PGD on the cross-entropy (Croce & Hein 2020)",
+        _budget({"steps": 20}, {"steps": 100}, fixed={"loss": "ce"}),
+    ),
+    Rule(
+        "apgd-ce", "apgd", "apgd", "stochastic", "the gradient is averaged over draws",
+        _budget({"steps": 15, "eot": 8}, {"steps": 50, "eot": 20}, fixed={"loss": "ce"}),
+    ),
+    Rule(
+        "pgd", "pgd", "pgd", "any", "projected gradient ascent from a random start (Madry et al. 2018)",
+        _budget({"steps": 20}, {"steps": 100}, fixed={"loss": "ce"}),
+    ),
+    Rule(
+        "pgd", "pgd", "pgd", "stochastic", "the gradient is averaged over draws",
+        _budget({"steps": 15, "eot": 8}, {"steps": 30, "eot": 20}, fixed={"loss": "ce"}),
+    ),
+    Rule(
+        "through_chain", "through_chain", "chain", "iterative", "the exact gradient through every step, margin loss",
+        _budget({"steps": 20, "eot": 1}, {"steps": 100, "eot": 1}, fixed={"loss": "margin"}), handles=("chain",),
+    ),
+    Rule(
+        "through_chain", "through_chain", "chain", "stochastic", "the gradient is averaged over draws",
+        _budget({"steps": 15, "eot": 8}, {"steps": 50, "eot": 20}, fixed={"loss": "margin"}), handles=("chain",),
+    ),
+    Rule(
+        "relaxed", "through_chain", "chain", "any", "discrete choices inside the defense softened for the gradient",
+        _budget({"steps": 20, "eot": 1}, {"steps": 100, "eot": 1}, fixed={"loss": "margin", "variant": "relaxed"}),
+        handles=("relaxed", "chain"), where_offered=True,
+    ),
+    Rule(
+        "relaxed", "through_chain", "chain", "stochastic", "the gradient is averaged over draws",
+        _budget({"steps": 15, "eot": 8}, {"steps": 30, "eot": 20}, fixed={"loss": "margin", "variant": "relaxed"}),
+        handles=("relaxed", "chain"),
+    ),
+    Rule(
+        "first-order", "through_chain", "chain", "inner_gradient", "drops second-order terms, should they mislead",
+        _budget({"steps": 20, "eot": 1}, {"steps": 100, "eot": 1}, fixed={"loss": "margin", "variant": "first-order"}),
+        handles=("chain",),
+    ),
+    Rule(
+        "first-order", "through_chain", "chain", "stochastic", "the gradient is averaged over draws",
+        _budget({"steps": 15, "eot": 8}, {"steps": 30, "eot": 20}, fixed={"loss": "margin", "variant": "first-order"}),
+        handles=("chain",),
+    ),
+    Rule(
+        "step_losses", "step_losses", "step-losses", "iterative", "pulls the trajectory away at each step (DiffAttack)",
+        _budget({"steps": 20, "eot": 1}, {"steps": 100, "eot": 1}), handles=("chain",),
+    ),
+    Rule(
+        "step_losses", "step_losses", "step-losses", "stochastic", "the gradient is averaged over draws",
+        _budget({"steps": 15, "eot": 8}, {"steps": 50, "eot": 20}), handles=("chain",),
+    ),
+    Rule(
+        "diffhammer", "diffhammer", "diffhammer", "purifies+stochastic", "attacks the draws that can fall (DiffHammer)",
+        _budget({"steps": 15, "eot": 8, "restarts": 1}, {"steps": 50, "eot": 20, "restarts": 1}),
+        handles=("stages",),
+    ),
+    Rule(
+        "apgd-t", "apgd", "apgd", "any", "targets the runner-up classes, where untargeted losses stall",
+        _budget({"steps": 20, "targets": 3}, {"steps": 100, "targets": 9}, fixed={"loss": "dlr-targeted"}),
+        min_classes=4,
+    ),
+    Rule(
+        "apgd-t", "apgd", "apgd", "stochastic", "the gradient is averaged over draws",
+        _budget({"steps": 15, "targets": 1, "eot": 8}, {"steps": 30, "targets": 1, "eot": 20},
+                fixed={"loss": "dlr-targeted"}),
+        min_classes=4,
+    ),
+    Rule(
+        "autoattack", "autoattack", "autoattack", "deterministic", "the authors' own AutoAttack, standard",
+        {name: {"version": "standard"} for name in PROFILES}, min_classes=4,
+    ),
+    Rule(
+        "square", "square", "black-box", "any", "needs no gradient, so masking can't stop it",
+        _budget({"queries": 500}, {"queries": 5000}, doubled="queries"),
+    ),
+    Rule(
+        "square", "square", "black-box", "stochastic", "each comparison averages draws",
+        _budget({"queries": 50, "eot": 8}, {"queries": 500, "eot": 10}, doubled="queries"),
+    ),
+    Rule(
+        "square", "square", "black-box", "non_differentiable", "five times the queries where gradients say little",
+        _budget({"queries": 1000}, {"queries": 25000}, doubled="queries"),
+    ),
+    Rule(
+        "square", "square", "black-box", "stochastic+non_differentiable", "five times the queries, averaged",
+        _budget({"queries": 100, "eot": 8}, {"queries": 2500, "eot": 10}, doubled="queries"),
+    ),
+)  # fmt: skip
+
+SELECTION = ((8, 10), (4, 20), (2, 50))
+"""Rounds of the last choice among a stochastic defense's candidates: how many of each sample, and the draws of each."""
