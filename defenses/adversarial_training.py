@@ -26,6 +26,7 @@ CARD = Card(
     datasets=("digits",),
     weights=packaged(DIGITS),
     network_calls=1,
+    gradient_calls=1,
 )
 
 

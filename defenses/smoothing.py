@@ -35,6 +35,7 @@ CARD = Card(
     datasets=("digits",),
     weights=packaged(DIGITS),
     network_calls=1,
+    gradient_calls=1,
 )
 
 

@@ -29,6 +29,7 @@ CARD = Card(
     datasets=("digits", "cifar10"),
     weights={**packaged(DIGITS), CIFAR10: _CIFAR10_SHA256},
     network_calls=1,
+    gradient_calls=1,
 )
 
 
