@@ -154,6 +154,14 @@ class Standing:
         logits = self.target.draws(z, drawn, self.draws, forward=self._forward)
         return logits, self._see(rows, z, logits, drawn)
 
+    def show(self, rows: Tensor, z: Tensor, logits: Tensor, noise: Noise) -> Tensor:
+        """Which samples still stand `(len(rows),)`, given logits `(len(rows), draws, k)` at `z` that an attack has.
+
+        For attacks that take a defense apart: what they computed on the way is an evaluation. `noise`
+        is the whole batch's and only its children are used, so it may be what gave the logits.
+        """
+        return self._see(rows, z, logits, noise[rows])
+
     def _see(self, rows: Tensor, z: Tensor, logits: Tensor, noise: Noise) -> Tensor:
         score = badness(logits, self.y[rows], self._votes)
         weakest, slot = self._scores[rows].min(1)

@@ -121,12 +121,19 @@ def _planned(rule: Rule, reasons: Iterable[str], card: Card, n_classes: int, pro
 def _ascent(options: Options, n_classes: int, votes: int) -> tuple[int, int]:
     runs = options.get("restarts", 1) * min(options.get("targets", 1), max(1, n_classes - 1))
     steps = options["steps"] * options.get("eot", 1) * runs
-    return steps + 4 * options.get("eot", 1) * runs, steps
+    return steps + options.get("eot", 1) * runs + 4 * _judging(options), steps
+
+
+def _judging(options: Options) -> int:
+    """Draws of a judgement that no evaluation of the search had a part in."""
+    eot: int = options.get("eot", 1)
+    return max(eot, 10) if eot > 1 else 1
 
 
 COSTS: Mapping[str, Callable[[Options, int, int], tuple[int, int]]] = {
     "uniform": lambda o, k, v: (o["tries"] * o.get("eot", 1), 0),
-    "transfer": lambda o, k, v: (0, 0),
+    # Another model's calls are not the defense's; of its own parts two are assumed.
+    "transfer": lambda o, k, v: (4 * o["steps"] + 50, 4 * o["steps"]) if o["source"] == "components" else (0, 0),
     "pgd": _ascent,
     "apgd": _ascent,
     # The identity backward costs next to nothing beside the purifier's forward.
@@ -134,9 +141,12 @@ COSTS: Mapping[str, Callable[[Options, int, int], tuple[int, int]]] = {
     "through_chain": _ascent,
     "surrogate": _ascent,
     # The clean image's trajectory beside the attacked one's.
-    "step_losses": lambda o, k, v: (2 * _ascent(o, k, v)[0], _ascent(o, k, v)[1]),
-    # All draws forward, one representative path backward.
-    "diffhammer": lambda o, k, v: ((o["eot"] + 2) * o["steps"] * o["restarts"], o["steps"] * o["restarts"]),
+    "step_losses": lambda o, k, v: (_ascent(o, k, v)[0] + _ascent(o, k, v)[1], _ascent(o, k, v)[1]),
+    # All draws through the purifier and the classifier, their gradients from the classifier alone but for one path.
+    "diffhammer": lambda o, k, v: (
+        o["restarts"] * (o["steps"] * (2 * o["eot"] + 1) + o["eot"]) + 3 * _judging(o),
+        o["restarts"] * o["steps"] * (o["eot"] + 1),
+    ),
     # apgd-ce 100 steps, apgd-t and fab-t 9 × 100 (fab: two forwards a step), square 5,000.
     "autoattack": lambda o, k, v: (100 + 900 + 1800 + 5000, 100 + 900 + 900),
     "square": lambda o, k, v: (o["queries"] * o.get("eot", 1), 0),

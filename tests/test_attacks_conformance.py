@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -34,9 +35,22 @@ BRIEF: dict[str, dict[str, Any]] = {
     "through_chain": {"steps": 5},
     "surrogate": {"steps": 5, "chain_steps": 2},
     "transfer": {"steps": 5},
+    "step_losses": {"steps": 5},
+    "diffhammer": {"steps": 5, "restarts": 1},
 }
 """Small budgets. An attack that is not listed runs with its defaults."""
-EOT = ("uniform", "pgd", "apgd", "square", "bpda", "through_chain", "surrogate", "transfer")
+EOT = (
+    "uniform",
+    "pgd",
+    "apgd",
+    "square",
+    "bpda",
+    "through_chain",
+    "surrogate",
+    "transfer",
+    "step_losses",
+    "diffhammer",
+)
 REFERENCE = ("autoattack",)
 """Wrap foreign code that works on whole batches: their rows are not independent of each other."""
 
@@ -68,7 +82,7 @@ class Everything(Defense):
             title="Everything",
             summary="",
             traits=Traits(stochastic=stochastic, purifies=True, iterative=True),
-            handles=("stages", "chain", "surrogate") if handles else (),
+            handles=("stages", "chain", "surrogate", "relaxed", "components") if handles else (),
         )
         self.n_classes = K
         self._slope = slope
@@ -105,6 +119,12 @@ class Everything(Defense):
 
     def surrogate(self, steps: int) -> Chain:
         return self.purifier(steps).then(self.classify)
+
+    def relaxed(self) -> Chain:
+        return self.chain()
+
+    def components(self) -> Mapping[str, Callable[[Tensor, Noise], Tensor]]:
+        return {"classifier": self.classify, "whole": self.draw}
 
     def stages(self) -> Stages:
         return Stages(self.purifier(3), self.classify)
@@ -229,6 +249,49 @@ def test_rows_in_small_chunks_give_the_same(name: str) -> None:
     assert torch.equal(whole.calls.forward, split.calls.forward)
 
 
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("through_chain", {"variant": "first-order"}),
+    ("through_chain", {"variant": "relaxed"}),
+    ("through_chain", {"optimizer": "pgd"}),
+    ("step_losses", {"optimizer": "pgd", "loss": "ce"}),
+    ("diffhammer", {"graft": False}),
+    ("diffhammer", {"loss": "margin-targeted", "targets": 2}),
+    ("transfer", {"source": "components"}),
+]
+"""Options that take another path through an attack than its defaults do."""
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@each_norm
+@each_kind
+def test_other_paths_through_an_attack_obey_too(
+    name: str, options: dict[str, Any], norm: Norm, stochastic: bool
+) -> None:
+    """Inside the ball, the same again, the same in small chunks and for some of the rows; nothing asked for no rows."""
+    defense = Everything(stochastic=stochastic, dtype=torch.float64)
+    x, y, noise = batch(defense, dtype=torch.float64)
+    target = Target(defense, N)
+    z = run(name, target, x, y, norm, noise, **options)
+    assert_allowed(z, x, norm)
+    assert torch.equal(run(name, Target(defense, N), x, y, norm, noise, **options), z)
+    split, rows = Target(defense, N, rows=3), torch.tensor([5, 0, 3])
+    torch.testing.assert_close(run(name, split, x, y, norm, noise, **options), z, rtol=0, atol=1e-9)
+    assert torch.equal(split.calls.forward, target.calls.forward)
+    part = run(name, Target(defense, N), x[rows], y[rows], norm, noise[rows], **options)
+    torch.testing.assert_close(part, z[rows], rtol=0, atol=1e-9)
+    idle = Target(defense, N)
+    assert run(name, idle, x[:0], y[:0], norm, noise[:0], **options).shape == (0, *SHAPE)
+    assert not idle.calls.forward.any()
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.parametrize("slope", ["zero", "nan", "severed"])
+def test_useless_gradients_stop_no_other_path(name: str, options: dict[str, Any], slope: Slope) -> None:
+    defense = Everything(slope=slope)
+    x, y, noise = batch(defense, 3)
+    assert_allowed(run(name, Target(defense, 3), x, y, "l2", noise, **options), x, "l2")
+
+
 @each_attack
 @each_norm
 @each_kind
@@ -347,6 +410,9 @@ def test_asks_only_for_the_handles_it_declares(name: str) -> None:
         ("bpda", {"optimizer": "adam"}, "no optimizer is called 'adam'"),
         ("through_chain", {"optimizer": "apgd", "alpha": 0.1}, "apgd chooses its own step"),
         ("surrogate", {"chain_steps": 0}, "chain_steps must be at least 1"),
+        ("through_chain", {"variant": "relaxd"}, "Did you mean 'relaxed'"),
+        ("step_losses", {"weight": -1.0}, "weight of at least 0"),
+        ("diffhammer", {"rounds": 0}, "rounds must be at least 1"),
         ("transfer", {"loss": "dlr"}, "transfer has no loss"),
         ("autoattack", {"version": "plus"}, "'standard' or 'rand'"),
     ],

@@ -280,6 +280,120 @@ def test_what_was_given_is_not_changed() -> None:
     assert x.grad is None
 
 
+def shift(x: Tensor, noise: Noise) -> Tensor:
+    """A part from images to images: not linear, noisy."""
+    return x**2 + 0.1 * noise.normal("shift", shape=x.shape[1:], like=x)
+
+
+def test_pushed_images_are_those_of_the_draws() -> None:
+    x, _, noise = batch(4)
+    target = Target(Made(plain), 4)
+    pushed = target.push(x, noise, shift, 3)
+    assert pushed.shape == (4, 3, 3, 2, 2)
+    assert not pushed.requires_grad
+    assert torch.equal(pushed.flatten(0, 1), shift(x.repeat_interleave(3, 0), noise.draws(3)))
+    assert torch.equal(target.push(x, noise, shift)[:, 0], shift(x, noise))
+    assert target.calls.forward.tolist() == [3 + 1] * 4
+    assert not target.calls.backward.any()
+
+
+def test_pushed_images_may_have_another_shape() -> None:
+    x, _, noise = batch(4)
+    assert Target(Made(plain), 4).push(x, noise, lambda x, noise: x[..., :1], 2).shape == (4, 2, 3, 2, 1)
+
+
+def test_a_pull_back_is_the_transposed_jacobian() -> None:
+    x, _, noise = batch(4)
+    target, cotangent = Target(Made(plain), 4), x.flip(0) - 0.5
+    torch.testing.assert_close(target.pull_back(x, noise, shift, cotangent), 2 * x * cotangent)
+    assert target.calls.forward.tolist() == [1] * 4
+    assert target.calls.backward.tolist() == [1] * 4
+    severed = target.pull_back(x, noise, lambda x, noise: shift(x.detach(), noise), cotangent)
+    assert torch.equal(severed, torch.zeros_like(x))
+    unused = target.pull_back(x, noise, lambda x, noise: torch.zeros_like(x).requires_grad_(), cotangent)
+    assert torch.equal(unused, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 100])
+def test_chunks_change_no_push_and_no_pull_back(rows: int) -> None:
+    x, _, noise = batch(6)
+    subset = torch.tensor([4, 1, 2])
+    target = Target(Made(plain), 6, rows=rows)
+    expected = shift(x.repeat_interleave(3, 0), noise.draws(3)).unflatten(0, (6, 3))
+    torch.testing.assert_close(target.push(x, noise, shift, 3), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(target.pull_back(x[subset], noise[subset], shift, x[subset]), 2 * x[subset] ** 2)
+    assert target.calls.forward.tolist() == [3, 4, 4, 3, 4, 3]
+    assert target.calls.backward.tolist() == [0, 1, 1, 0, 1, 0]
+
+
+def test_parts_that_do_not_fit_are_halved() -> None:
+    x, _, noise = batch(8)
+    target, roomy = Target(Made(plain), 8), Target(Made(plain), 8)
+    assert torch.equal(target.push(x, noise, Cramped(shift, 3), 2), roomy.push(x, noise, shift, 2))
+    torch.testing.assert_close(target.pull_back(x, noise, Cramped(shift, 1), x), 2 * x**2)
+    assert target.calls.forward.tolist() == [3] * 8
+
+
+def test_a_part_that_crashes_is_the_defenses_fault() -> None:
+    def crash(x: Tensor, noise: Noise) -> Tensor:
+        raise KeyError("unet")
+
+    x, _, noise = batch(6)
+    target = Target(Made(plain), 6)
+    for call in (lambda: target.push(x, noise, crash), lambda: target.pull_back(x, noise, crash, x)):
+        with pytest.raises(DefenseError, match=r"made raised KeyError: 'unet'"):
+            call()
+
+
+def test_a_black_box_hands_out_no_parts() -> None:
+    x, _, noise = batch(3)
+    target = Target(Made(plain), 3, white_box=False)
+    with pytest.raises(ThreatViolation, match="gradient"):
+        target.push(x, noise, shift)
+    with pytest.raises(ThreatViolation, match="gradient"):
+        target.pull_back(x, noise, shift, x)
+
+
+def test_no_rows_are_pushed_and_pulled_back() -> None:
+    x, _, noise = batch(0)
+    target = Target(Made(plain), 0)
+    assert target.push(x, noise, shift, 2).shape == (0, 2, 3, 2, 2)
+    assert target.pull_back(x, noise, shift, x).shape == x.shape
+
+
+def test_what_a_forward_computes_beside_its_answer_is_charged_by_row() -> None:
+    told: list[int] = []
+    target, noise = Target(Made(plain), 4, on_calls=told.append), Noise.from_seed(0, 4)
+    target.charge(noise[torch.tensor([3, 1])].draws(5))
+    assert target.calls.forward.tolist() == [0, 5, 0, 5]
+    assert not target.calls.backward.any()
+    assert told == [10]
+
+
+@pytest.mark.parametrize("votes", [Votes(), Votes(draws=9, how="majority")], ids=["plain", "voting"])
+@pytest.mark.parametrize("rows", [2, 100])
+def test_a_bonus_is_added_to_the_loss_and_its_gradient(votes: Votes, rows: int) -> None:
+    x, y, noise = batch(4)
+
+    def rewarded(z: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+        jitter = noise.uniform("bonus", shape=(), like=z)
+        return noisy(z, noise), (1 + jitter) * (z**2).flatten(1).sum(1)
+
+    target = Target(Made(noisy, votes=votes), 4, rows=rows)
+    found = target.gradient(x, (y,), cross_entropy, noise, draws=5, forward=rewarded)
+    without = target.gradient(x, (y,), cross_entropy, noise, draws=5)
+    share = 1 + noise.draws(5).uniform("bonus", shape=(), like=x).view(4, 5).mean(1)
+    same(
+        found,
+        Evaluation(
+            without.loss + share * (x**2).flatten(1).sum(1),
+            without.gradient + share[:, None, None, None] * 2 * x,
+            without.logits,
+        ),
+    )
+    torch.testing.assert_close(target.draws(x, noise, 5, forward=rewarded), without.logits)  # a look has no bonus
+
+
 LOGITS = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 3.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 5.0]]], dtype=torch.float64)
 
 
