@@ -194,6 +194,7 @@ def inner_gradient(function: Callable[[Tensor], Tensor], at: Tensor, *, second_o
     """
     outer = torch.is_grad_enabled() and second_order and not _first_order.get()
     with torch.enable_grad():
-        point = at if outer and at.requires_grad else at.detach().requires_grad_()
+        # An alias, so that what `function` closes over may depend on `at`: that is no part of this gradient.
+        point = at.view_as(at) if outer and at.requires_grad else at.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(function(point).sum(), point, create_graph=outer)
     return gradient

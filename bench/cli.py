@@ -40,6 +40,10 @@ AttackOption = Annotated[
     list[str] | None,
     typer.Option("--attack", "-a", help="Run only this attack (repeatable); the record is incomplete."),
 ]
+DefenseOption = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-O", metavar="NAME=VALUE", help="An option of the defense (repeatable); see assay list."),
+]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="Torch's threads, by default one a core.", envvar="ASSAY_THREADS")
 ]
@@ -79,7 +83,7 @@ def list_(
         typer.echo(
             json.dumps(
                 {
-                    "defenses": [spec.card.model_dump(mode="json") for spec in defenses],
+                    "defenses": [{**spec.card.model_dump(mode="json"), "options": spec.options} for spec in defenses],
                     "attacks": [{"name": a.name, "summary": a.summary, "handles": a.handles} for a in attacks],
                     "boards": [board.model_dump(mode="json", exclude={"ids"}) for board in boards],
                 },
@@ -98,16 +102,21 @@ def plan(
     n: NOption = None,
     device: DeviceOption = "cpu",
     attack: AttackOption = None,
+    option: DefenseOption = None,
     trust: TrustOption = False,
     threads: ThreadsOption = None,
 ) -> None:
     """Shows which attacks are mandatory and why, their cost, and the estimated time; runs none."""
     from assay import display
+    from assay.defense import read_options
     from assay.estimate import seconds_per_sample
     from assay.run import prepare
 
     _set_threads(threads)
-    prepared = prepare(defense, board, _profile(profile), n=n, device=device, only=attack or (), trust=trust)
+    options = read_options(option or ())
+    prepared = prepare(
+        defense, board, _profile(profile), n=n, device=device, only=attack or (), trust=trust, options=options
+    )
     display.plan(prepared, seconds_per_sample(prepared.job))
 
 
@@ -121,6 +130,7 @@ def run(
     device: DeviceOption = "cpu",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The run's folder, by default under ./runs.")] = None,
     attack: AttackOption = None,
+    option: DefenseOption = None,
     trust: TrustOption = False,
     all_: Annotated[
         bool, typer.Option("--all", help="Run every registered defense that has weights for the board.")
@@ -136,6 +146,7 @@ def run(
     4 incomplete, 2 bad arguments, 1 a crash or an error of the run (what was finished is kept).
     """
     from assay import display
+    from assay.defense import read_options
     from assay.registry import DEFENSES
     from assay.run import execute, prepare, publish_record
 
@@ -143,11 +154,13 @@ def run(
         raise InputError("give one defense, or --all.")
     if all_ and out is not None:
         raise InputError("--out names one run's folder; with --all the runs lie under ./runs.")
+    if all_ and option:
+        raise InputError("--option is for one defense; with --all each runs with its defaults.")
     if publish is not None and not (publish / "boards").is_dir():
         raise InputError(f"--publish {publish}: no boards/ in it; expected a leaderboards folder.")
     if publish is not None and attack:
         raise InputError("--attack makes the record incomplete, so it can't be published.")
-    chosen = _profile(profile)
+    chosen, options = _profile(profile), read_options(option or ())
     _set_threads(threads)
     names = [defense] if defense is not None else list(DEFENSES)
     worst = 0
@@ -155,7 +168,9 @@ def run(
         if all_ and not _has_weights(name, board):
             display.console.print(f"[dim]{name}: no weights for this board's data set, skipped.[/dim]")
             continue
-        prepared = prepare(name, board, chosen, n=n, seed=seed, device=device, only=attack or (), trust=trust)
+        prepared = prepare(
+            name, board, chosen, n=n, seed=seed, device=device, only=attack or (), trust=trust, options=options
+        )
         folder = out or display.default_folder(prepared)
         try:
             with display.Progress(prepared) as reporter:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from assay.card import Card, Handle, Traits, Votes
 from assay.chain import Chain
-from assay.errors import InputError
+from assay.errors import InputError, nearest
 from assay.noise import Noise
 
 __all__ = ["Card", "Defense", "DefenseSpec", "ForeignModule", "Handle", "Stages", "Traits", "Votes", "aggregate"]
@@ -63,6 +65,13 @@ class Defense(nn.Module):
         """The same process in at most `steps` steps with the same total noise, `x -> logits (n, k)`."""
         raise NotImplementedError("this defense has no surrogate handle")
 
+    def relaxed(self) -> Chain:
+        """The whole process with its discrete choices (a label, a median) softened, `x -> logits (n, k)`.
+
+        For gradients alone: what an attack finds with it, the defense itself has to confirm.
+        """
+        raise NotImplementedError("this defense has no relaxed handle")
+
     def components(self) -> Mapping[str, Callable[[Tensor, Noise], Tensor]]:
         """Named inner classifiers `(x, noise) -> logits (n, k)`, for transfer attacks."""
         raise NotImplementedError("this defense has no components handle")
@@ -111,29 +120,139 @@ class ForeignModule(Defense):
         return drawn
 
 
+Option = str | int | float | bool
+"""What an option of a defense can be."""
+
+
 @dataclass(frozen=True)
 class DefenseSpec:
     """A defense that can be listed without loading its weights.
 
+    The keyword-only parameters of `load` are the defense's options: each has a default, by whose type
+    (str, int, float, bool) the text that a user gives is read.
+
     Attributes:
-        card: what its author declares.
-        load: `dataset name -> Defense`, in evaluation mode, parameters frozen.
+        card: what its author declares, of the defense with every option at its default.
+        load: `dataset name, **options -> Defense`, in evaluation mode, parameters frozen.
         source: the file that implements it, hashed into records.
-        weight_files: the weight files that `load(dataset)` reads, by name; hashed into records.
+        weight_files: the weight files that `load` reads, by name; hashed into records. It gets the
+            data set, and those of the options that it takes too.
+        needs: the options that stand in for weights on data sets that the card doesn't list: with all
+            of them given it runs there too. Empty where nothing does.
     """
 
     card: Card
-    load: Callable[[str], Defense]
+    load: Callable[..., Defense]
     source: Path | None = None
-    weight_files: Callable[[str], Mapping[str, Path]] = field(default=lambda dataset: {})
+    weight_files: Callable[..., Mapping[str, Path]] = field(default=lambda dataset: {})
+    needs: tuple[str, ...] = ()
 
-    def build(self, dataset: str, device: str = "cpu") -> Defense:
+    @property
+    def options(self) -> dict[str, Option]:
+        """Every option, with its default."""
+        return _keyword_only(self.load)
+
+    def build(self, dataset: str, device: str = "cpu", options: Mapping[str, str] | None = None) -> Defense:
         """Loads the defense for a data set onto a device, in evaluation mode, parameters frozen.
 
+        Args:
+            options: values as text, by name; what is left out has its default.
+
         Raises:
-            InputError: when there are no weights for the data set.
+            InputError: when there are no weights for the data set, for an unknown option, or a value
+                that it can't have.
         """
+        values = self._values(options)
         if self.card.datasets and dataset not in self.card.datasets:
-            raise InputError(f"{self.card.name} has weights for {', '.join(self.card.datasets)}, not for {dataset!r}.")
-        defense = self.load(dataset).to(device).eval()
+            missing = [name for name in self.needs if name not in values]
+            if missing or not self.needs:
+                remedy = "".join(f" Give it --option {name}=…" for name in missing[:1])
+                raise InputError(
+                    f"{self.card.name} has weights for {', '.join(self.card.datasets)}, not for {dataset!r}.{remedy}"
+                )
+        defense = self.load(dataset, **values).to(device).eval()
         return defense.requires_grad_(False)
+
+    def files(self, dataset: str, options: Mapping[str, str] | None = None) -> Mapping[str, Path]:
+        """The weight files behind `build(dataset, options=options)`, by name.
+
+        Raises:
+            InputError: as `build` does of its options.
+        """
+        taken = _keyword_only(self.weight_files)
+        return self.weight_files(dataset, **{k: v for k, v in self._values(options).items() if k in taken})
+
+    def recorded(self, dataset: str, options: Mapping[str, str] | None = None) -> dict[str, str]:
+        """The options as a record has them, sorted: without those that equal their default.
+
+        A path whose files are among the weight files is cut to its last part: their digests say more.
+
+        Raises:
+            InputError: as `build` does of its options.
+        """
+        values = self._values(options)
+        files = [path.resolve() for path in self.files(dataset, options).values()] if values else []
+        return {name: _text(values[name], files) for name in sorted(values)}
+
+    def _values(self, options: Mapping[str, str] | None) -> dict[str, Option]:
+        """The options that differ from their defaults."""
+        defaults, values = self.options, {}
+        for name, text in (options or {}).items():
+            if name not in defaults:
+                raise InputError(f"{self.card.name} has no option {name!r}.{nearest(name, defaults)}")
+            value = _read(name, text, defaults[name])
+            if value != defaults[name]:
+                values[name] = value
+        return values
+
+
+def read_options(words: Iterable[str]) -> dict[str, str]:
+    """`NAME=VALUE` words, as on a command line, by name.
+
+    Raises:
+        InputError: for a word without `=`, or a name given twice.
+    """
+    options: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.strip():
+            raise InputError(f"an option is written NAME=VALUE, got {word!r}.")
+        if name.strip() in options:
+            raise InputError(f"option {name.strip()!r} is given twice.")
+        options[name.strip()] = value
+    return options
+
+
+def _keyword_only(function: Callable[..., object]) -> dict[str, Option]:
+    """The keyword-only parameters of a function, with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    found = {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    for name, default in found.items():
+        if not isinstance(default, str | int | float | bool):
+            raise InputError(f"the option {name!r} of a defense needs a default that is a str, int, float or bool.")
+    return found
+
+
+def _read(name: str, text: str, default: Option) -> Option:
+    """An option's value from its text, of the default's type."""
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.strip().lower()]
+        value = kind(text)
+    except (ValueError, KeyError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise InputError(f"option {name!r} takes {expected}, such as {_text(default, ())}; got {text!r}.") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"option {name!r} takes a finite number, got {text!r}.")
+    return value
+
+
+def _text(value: Option, files: Iterable[Path]) -> str:
+    """The one way of writing a value; of a path to any of `files` the last part."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        path = Path(value).expanduser().resolve()
+        return path.name if any(path == file or path in file.parents for file in files) else value
+    return str(value)

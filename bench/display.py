@@ -37,10 +37,10 @@ _MEANING = {
 
 
 def default_folder(prepared: Prepared) -> Path:
-    """`runs/BOARD/DEFENSE-PROFILE[-nN][-sSEED]`, from the arguments that make runs differ."""
+    """`runs/BOARD/DEFENSE[+OPTIONS]-PROFILE[-nN][-sSEED]`, from the arguments that make runs differ."""
     job = prepared.job
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", prepared.name).strip("-.")
-    parts = [name, prepared.profile]
+    parts = [name + prepared.defense_ref.variant, prepared.profile]
     if len(job.ids) != (prepared.protocol.samples[prepared.profile] or len(job.board.ids)):
         parts.append(f"n{len(job.ids)}")
     if job.seed:
@@ -74,6 +74,8 @@ def registry(defenses: Sequence[DefenseSpec], attacks: Sequence[AttackSpec], boa
             facts.append(f"[dim]handles: {', '.join(card.handles)}[/]")
         if card.datasets:
             facts.append(f"[dim]data: {', '.join(card.datasets)}[/]")
+        if spec.options:
+            facts.append(f"[dim]options: {', '.join(spec.options)}[/]")
         broken = "[red]Known broken: calibrates the board.[/] " if card.known_broken else ""
         table.add_row(card.name, "\n".join(facts), broken + escape(card.summary))
     console.print(table)
@@ -104,7 +106,8 @@ def plan(prepared: Prepared, seconds: Mapping[str, float]) -> None:
     board = job.board
     card = job.defense.card
     title = (
-        f"{escape(prepared.name)} on {board.name} ({board.threat}, {n} of {len(board.ids)} samples), "
+        f"{escape(prepared.defense_ref.with_options(prepared.name))} on {board.name} "
+        f"({board.threat}, {n} of {len(board.ids)} samples), "
         f"protocol {prepared.protocol.id}, {prepared.profile}"
     )
     console.print(f"[bold]{title}[/bold]")
@@ -218,6 +221,8 @@ def outcome(record: Record, folder: Path) -> None:
     """Verdict, findings, the row, and where the files are."""
     colour = _COLOURS[record.verdict]
     console.print(f"\n[bold {colour}]{record.verdict}[/] - {_MEANING[record.verdict]}")
+    for name, value in record.defense.options.items():
+        console.print(f"  option {escape(name)}: {escape(value)}")
     for name, reason in record.protocol.missing.items():
         console.print(f"  [magenta]missing[/] {name}: {escape(reason)}")
     for finding in record.findings:
@@ -250,7 +255,8 @@ def _numbers(record: Record) -> None:
     assert results is not None
     threat = record.board.threat
     stochastic = record.defense.card.traits.stochastic
-    title = f"{record.defense.name} on {record.board.name} ({threat.norm} {threat.eps}, n = {record.board.n})"
+    named = escape(record.defense.with_options(record.defense.name))
+    title = f"{named} on {record.board.name} ({threat.norm} {threat.eps}, n = {record.board.n})"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("accuracy under", no_wrap=True)
     for heading in ("%", "95 %", "broken", "calls", "time"):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from assay.card import SLUG, Card, Strict, explain
 from assay.digest import sha256_of_file, sha256_of_json
@@ -120,12 +121,43 @@ class BoardRef(Strict):
 
 
 class DefenseRef(Strict):
-    """Which defense: its card, and the digests of its weights and source."""
+    """Which defense: its card, its options, and the digests of its weights and source.
+
+    Attributes:
+        options: those that differ from their defaults, in text; of a path to weights the last part.
+    """
 
     name: str
     card: Card
+    options: dict[str, str] = Field(default_factory=dict)
     weights: dict[str, str]
     source_sha256: str | None
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        plain: dict[str, Any] = handler(self)
+        if not self.options:  # absent, as in the records made before there were any: their digests hold
+            plain.pop("options", None)
+        return plain
+
+    @property
+    def title(self) -> str:
+        """The card's title, with the options that set a row apart from the card's."""
+        return self.with_options(self.card.title)
+
+    def with_options(self, name: str) -> str:
+        """`name (denoiser=ffdnet.pth, steps=3)`, or the name alone where there are no options."""
+        given = ", ".join(f"{option}={value}" for option, value in self.options.items())
+        return f"{name} ({given})" if given else name
+
+    @property
+    def variant(self) -> str:
+        """What folder names of this defense end in: empty without options, otherwise unlike any other options'."""
+        if not self.options:
+            return ""
+        shown = "+".join(re.sub(r"[^A-Za-z0-9_.=-]+", "-", f"{name}={value}") for name, value in self.options.items())
+        # Two files of one name are two defenses.
+        return f"+{shown[:80]}+{sha256_of_json([self.options, self.weights])[:8]}"
 
 
 class Cost(Strict):

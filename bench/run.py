@@ -44,7 +44,7 @@ class Prepared:
     """A run whose names are resolved and whose weights are loaded.
 
     Attributes:
-        name: the defense as it was asked for.
+        name: the defense as it was asked for; `options` its options, in text.
         mandatory: all attacks that the protocol demands; `job.planned` holds those that will run.
         missing: mandatory attack -> why it won't run.
     """
@@ -56,6 +56,7 @@ class Prepared:
     profile: ProfileName
     mandatory: tuple[PlannedAttack, ...]
     missing: dict[str, str]
+    options: Mapping[str, str]
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -87,12 +88,13 @@ class Prepared:
         """The defense as a record names it."""
         weights = {name: sha256_of_file(path) for name, path in self.weight_files.items()}
         source = sha256_of_file(self.spec.source) if self.spec.source else None
-        return DefenseRef(name=self.name, card=self.spec.card, weights=weights, source_sha256=source)
+        options = self.spec.recorded(self.job.board.dataset, self.options)
+        return DefenseRef(name=self.name, card=self.spec.card, options=options, weights=weights, source_sha256=source)
 
     @property
     def weight_files(self) -> Mapping[str, Path]:
         """The weight files behind the defense."""
-        return self.spec.weight_files(self.job.board.dataset)
+        return self.spec.files(self.job.board.dataset, self.options)
 
     @property
     def board_ref(self) -> BoardRef:
@@ -131,6 +133,7 @@ def prepare(
     device: str = "cpu",
     only: Sequence[str] = (),
     trust: bool = False,
+    options: Mapping[str, str] | None = None,
 ) -> Prepared:
     """Resolves names, loads weights, and works out the mandatory attacks.
 
@@ -140,6 +143,7 @@ def prepare(
         n: how many of the board's samples, by default the profile's.
         only: run these mandatory attacks alone; the record is then incomplete.
         trust: execute code from outside the registry.
+        options: the defense's options, as text.
 
     Raises:
         InputError: for whatever the caller can correct.
@@ -157,11 +161,12 @@ def prepare(
             f"{dataset.revision}: other images, so another board."
         )
     spec = resolve_defense(name, trust=trust)
-    defense = spec.build(board.dataset, device)
+    options = dict(options or {})
+    defense = spec.build(board.dataset, device, options)
     if defense.n_classes < dataset.n_classes:
         raise InputError(f"{name} has {defense.n_classes} classes, {board.dataset} has {dataset.n_classes}.")
     # A card may call itself what it likes: only the registered model is exempt from its own transfer.
-    source = board.source if name == board.source else ""
+    source = board.source if name == board.source and not spec.recorded(board.dataset, options) else ""
     mandatory = protocol.plan(defense.card, defense.n_classes, profile, source=source)
     unknown = [attack for attack in only if attack not in {planned.name for planned in mandatory}]
     if unknown:
@@ -180,10 +185,11 @@ def prepare(
         source=DEFENSES[board.source].build(board.dataset, device) if needs_source else None,
         checks=protocol.checks,
         seed=seed,
+        selection=protocol.selection,
         device=device,
     )
     resolved = replace(spec, card=defense.card)
-    return Prepared(name, resolved, job, protocol, profile, mandatory, missing)
+    return Prepared(name, resolved, job, protocol, profile, mandatory, missing, options)
 
 
 def check_device(device: str) -> None:
@@ -280,7 +286,7 @@ def publish_record(run: Path, leaderboards: Path) -> Path:
     if record.verdict == "incomplete":
         missing = ", ".join(record.protocol.missing)
         raise InputError(f"the record of {record.defense.name} is incomplete ({missing}); it can't stand on a board.")
-    name = record.defense.card.name.replace("/", "--")
+    name = record.defense.card.name.replace("/", "--") + record.defense.variant
     folder = leaderboards / "records" / record.board.name / name / record.protocol.profile
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*record.files, RECORD):

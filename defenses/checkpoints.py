@@ -79,17 +79,27 @@ def load_weights(module: nn.Module, path: Path, sha256: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise IntegrityError(f"{path.name} has the SHA-256 {found}, expected {sha256}: it is not the declared weights.")
+    load_state(module, parse_state(content, path), path.name)
+
+
+def parse_state(content: bytes, path: Path) -> Mapping[str, Tensor]:
+    """The tensors by name in the bytes of a weight file: safetensors by its suffix, otherwise a torch file.
+
+    Raises:
+        InputError: for content in another format, a pickle that would run code among them.
+    """
     if path.suffix == ".safetensors":
         try:
-            state = load_safetensors(content)
+            return load_safetensors(content)
         except SafetensorError as error:
             raise InputError(f"{path} is not a safetensors file: {error}.") from error
-    else:
-        try:
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            raise InputError(f"{path} is not a torch file of plain tensors: {str(error).splitlines()[0]}") from error
-    load_state(module, state, path.name)
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise InputError(f"{path} is not a torch file of plain tensors: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} holds a {type(state).__name__}, not tensors by name.")
+    return state
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

@@ -5,6 +5,9 @@ steps on a respaced grid, and the undefended classifier, which never saw a purif
 purified image is not clipped before the classifier, so it may leave [0, 1] by a few hundredths: a
 clip would end the gradient of every saturated pixel, of which digits have many. Level and steps
 were chosen on training images held out for that purpose, never on a board's.
+
+With the option `denoiser` it runs on what a user brings, on digits or cifar10. A Gaussian denoiser
+gives the same process in its variance-exploding form; its levels are those of the linear schedule.
 """
 
 from __future__ import annotations
@@ -20,10 +23,13 @@ from assay.chain import Chain
 from assay.data import describe
 from assay.defense import Defense, DefenseSpec, Stages
 from assay.defenses.checkpoints import WEIGHTS, load_packaged, packaged
-from assay.defenses.denoiser import UNetDenoiser, digits_unet
-from assay.defenses.purifier import Purifier
+from assay.defenses.denoiser import Denoiser, UNetDenoiser, small_unet
+from assay.defenses.denoiser_sources import denoiser_files, take_denoiser
+from assay.defenses.purifier import ImagePurifier, Purifier
 from assay.defenses.undefended import DIGITS as CLASSIFIER
 from assay.defenses.undefended import load_network
+from assay.defenses.undefended import weight_files as classifier_files
+from assay.defenses.variants import with_files
 from assay.errors import InputError
 from assay.noise import Noise
 
@@ -47,20 +53,22 @@ CARD = Card(
     weights=packaged(DENOISER, CLASSIFIER),
     # One call of the denoiser a step, and one of the classifier.
     network_calls=STEPS + 1,
+    # The chain runs every part again in its backward pass.
+    gradient_calls=2 * (STEPS + 1),
 )
 
 
 class DiffPure(Defense):
-    """A purifier before a classifier.
+    """A purifier before a classifier: DiffPure itself, and the base of the guided purifiers.
 
     Args:
-        purifier: the diffusion process.
+        purifier: the process that cleans images.
         classifier: images to logits.
         n_classes: k.
         card: another card than the registry's, for another number of steps.
     """
 
-    def __init__(self, purifier: Purifier, classifier: nn.Module, n_classes: int, card: Card = CARD) -> None:
+    def __init__(self, purifier: ImagePurifier, classifier: nn.Module, n_classes: int, card: Card = CARD) -> None:
         super().__init__()
         self.card = card
         self.n_classes = n_classes
@@ -84,35 +92,64 @@ class DiffPure(Defense):
 
     def chain(self) -> Chain:
         """The whole defense, images to logits."""
-        return self.surrogate(self.purifier.steps)
+        return self.before_classifier(self.purifier.chain())
+
+    def before_classifier(self, process: Chain) -> Chain:
+        """A purification followed by the classifier, images to logits."""
+        return replace(process.then(self.classify), network_calls=process.network_calls + 1)
 
     def surrogate(self, steps: int) -> Chain:
-        """The same level and the same noise schedule's total, in at most `steps` reverse steps.
+        """The same level and the same noise schedule's total, in at most `steps` steps of the purifier.
 
         Raises:
             InputError: for fewer than one step.
         """
         if steps < 1:
             raise InputError(f"a surrogate takes at least 1 step, got {steps}.")
-        shorter = replace(self.purifier, steps=min(steps, self.purifier.steps))
-        chain = shorter.chain().then(self.classify)
-        return replace(chain, network_calls=shorter.steps + 1)
+        return self.before_classifier(self.purifier.shortened(steps).chain())
 
     def components(self) -> dict[str, Callable[[Tensor, Noise], Tensor]]:
         """`classifier`: the network without the purifier."""
         return {"classifier": self.classify}
 
 
-def weight_files(dataset: str) -> dict[str, Path]:
-    """The weight files that `load(dataset)` reads."""
-    return {DENOISER: WEIGHTS / DENOISER, CLASSIFIER: WEIGHTS / CLASSIFIER}
+def weight_files(dataset: str, *, denoiser: str = "") -> dict[str, Path]:
+    """The weight files that `load` reads."""
+    files = denoiser_files(denoiser) if denoiser else {DENOISER: WEIGHTS / DENOISER}
+    return {**files, **classifier_files(dataset)}
 
 
-def load(dataset: str) -> DiffPure:
-    """DiffPure before the undefended classifier."""
-    denoiser = UNetDenoiser(digits_unet())
-    load_packaged(denoiser, DENOISER)
-    return DiffPure(Purifier(denoiser, LEVEL, STEPS), load_network(dataset), describe(dataset).n_classes)
+def load(dataset: str, *, denoiser: str = "", level: int = LEVEL, steps: int = STEPS) -> DiffPure:
+    """DiffPure before the undefended classifier.
+
+    Args:
+        dataset: digits, or with a `denoiser` cifar10 too.
+        denoiser: see `assay.defenses.denoiser_sources`; empty for the packaged one.
+        level: t*, in levels of the denoiser's schedule.
+        steps: reverse steps.
+
+    Raises:
+        InputError: for a denoiser that can't be used, or a level or number of steps outside its range.
+    """
+    network: Denoiser
+    if denoiser:
+        network = take_denoiser(denoiser, dataset)
+    else:
+        network = UNetDenoiser(small_unet())
+        load_packaged(network, DENOISER)
+    purifier = Purifier(network, level, steps)
+    purifier.chain()  # refuses what can't run, before anything does
+    card = CARD
+    if denoiser or (level, steps) != (LEVEL, STEPS):
+        card = with_files(
+            CARD,
+            weight_files(dataset, denoiser=denoiser),
+            summary=f"Diffuses the image to t* = {level}, takes {steps} ancestral steps back, then classifies.",
+            choices=CARD.choices[:1],
+            network_calls=steps + 1,
+            gradient_calls=2 * (steps + 1),
+        )
+    return DiffPure(purifier, load_network(dataset), describe(dataset).n_classes, card)
 
 
-SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files)
+SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",))

@@ -15,13 +15,15 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from assay.errors import InputError
+
 Sigma = float | Tensor
 """A standard deviation in [−1, 1] units: one for the whole batch, or `(n,)` with one a row."""
 
 
 def column(values: float | Tensor, like: Tensor) -> Tensor:
     """Values in the dtype and device of `like (n, …)`, shaped to multiply it: a scalar, or `(n, 1, …)`."""
-    tensor = torch.as_tensor(values).to(like)
+    tensor = torch.as_tensor(values, dtype=like.dtype, device=like.device)
     return tensor.reshape(-1, *[1] * (like.ndim - 1)) if tensor.ndim else tensor
 
 
@@ -67,7 +69,13 @@ class Schedule:
         return sigma_of(self.alpha_bars)
 
     def sigma(self, t: int) -> float:
-        """σ of an integer level."""
+        """σ of an integer level.
+
+        Raises:
+            InputError: for one outside 0 … T.
+        """
+        if not 0 <= t <= self.levels:
+            raise InputError(f"the schedule has levels 0 to {self.levels}, got {t}.")
         return float(self.sigmas[t])
 
     def level(self, sigma: Tensor) -> Tensor:

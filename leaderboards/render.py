@@ -40,6 +40,8 @@ FAMILY_MEANING: dict[Family, str] = {
     "bpda": "gradients with the identity as the backward pass of what has none",
     "chain": "exact gradients through every step of an iterative defense",
     "surrogate": "gradients through the same process with fewer steps",
+    "step-losses": "a loss at every step that pulls the process away, beside the classification loss (DiffAttack)",
+    "diffhammer": "gradients of the draws that can be made to fail, and not of those that can't (DiffHammer)",
     "black-box": "Square, which sees answers only",
 }
 VERDICT_MEANING: dict[Verdict, str] = {
@@ -151,7 +153,7 @@ def web_address(url: str) -> str:
 def markdown_title(record: Record) -> Plain:
     """The defense's title, linked to its source where it has an address."""
     card = record.defense.card
-    title = markdown(card.title)
+    title = markdown(record.defense.title)
     url = web_address(card.url)
     # Percent-encoded, an address holds nothing that ends the link or the cell; `&` would begin an entity.
     target = quote(url, safe=":/?#@!&*+,;=%").replace("&", "&amp;")
@@ -231,7 +233,7 @@ def _csv_cells(record: Record, path: str, why: tuple[str, ...]) -> dict[str, Any
     cells: dict[str, Any] = {
         "profile": record.protocol.profile,
         "defense": csv_text(record.defense.name),
-        "title": csv_text(record.defense.card.title),
+        "title": csv_text(record.defense.title),
         "verdict": record.verdict,
         "flags": csv_text(" ".join(flags(record))),
         "n": record.board.n,
