@@ -187,7 +187,7 @@ class EDMDenoiser(Denoiser):
 
     def heads(self, x: Tensor, sigma: Sigma) -> Tensor:
         """Every head's prediction of the clean image, `(n, k + 1, c, h, w)`; one network call."""
-        given = torch.as_tensor(sigma).to(x).expand(len(x))
+        given = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         scale = column(given, x)
         total = (scale**2 + self.sigma_data**2).sqrt()
         times = self.time_scale / 4 * given.log()
@@ -268,7 +268,7 @@ class GaussianDenoiser(Denoiser):
 
     def denoise(self, x: Tensor, sigma: Sigma) -> Tensor:
         """See `Denoiser.denoise`."""
-        pixels = torch.as_tensor(sigma).to(x).expand(len(x)) / 2
+        pixels = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x)) / 2
         return encode(self.network(decode(x), pixels))
 
 
