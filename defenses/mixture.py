@@ -50,7 +50,7 @@ class MixtureDenoiser(Denoiser):
 
     def _parts(self, x: Tensor, sigma: Sigma) -> tuple[Tensor, Tensor, Tensor]:
         """Log joint densities `(n, m)`, each component's posterior mean `(n, m, d)`, variances `(1|n, m)`."""
-        level = torch.as_tensor(sigma).to(x).reshape(-1, 1)
+        level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1)
         variances = self.stds**2 + level**2
         residuals = x.flatten(1)[:, None] - self.means.flatten(1)
         squared = residuals.square().sum(-1) / variances

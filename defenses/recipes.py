@@ -33,7 +33,10 @@ from assay.defenses.fitting import (
     pgd,
     unchanged,
 )
+from assay.defenses.fitting_variational import fit_variational
 from assay.defenses.networks import LARGEST, DigitsCNN, EnergyNet, ScoreNet, resize_and_pad
+from assay.defenses.schedule import column
+from assay.defenses.selector import VariationalNet
 from assay.noise import Noise
 
 SCORE_RANGE = (0.05, 2.0)
@@ -54,7 +57,7 @@ def digits_score() -> ScoreDenoiser:
 
 def digits_energy() -> EnergyDenoiser:
     """The energy model of the digits boards."""
-    return EnergyDenoiser(EnergyNet(), SCORE_RANGE)
+    return EnergyDenoiser(EnergyNet(width=16), SCORE_RANGE)
 
 
 def resized(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -127,6 +130,19 @@ def noise_error(denoiser: Denoiser, x: Tensor, y: Tensor) -> dict[str, float]:
     return {"noise_error": float(torch.stack(errors).mean())}
 
 
+@torch.no_grad()
+def smoothed(network: VariationalNet, x: Tensor, y: Tensor) -> dict[str, float]:
+    """One noisy pass an image at the selector's level for a target of .5, and the spread of those levels."""
+    means, _ = network.selector(x, 0.5)
+    noised = x + column(means.exp(), x) * torch.randn_like(x)
+    return {
+        "clean_accuracy": accuracy(network.classifier, x, y),
+        "noisy_accuracy": accuracy(network.classifier, noised, y),
+        "median_sigma": float(means.median().exp()),
+        "spread_of_log_sigma": float(means.std()),
+    }
+
+
 DIGITS: dict[str, Recipe] = {
     "undefended": Recipe(DigitsCNN, partial(fit_classifier, perturb=unchanged), clean, {"epochs": 60}),
     "adversarial_training": Recipe(
@@ -182,5 +198,11 @@ DIGITS: dict[str, Recipe] = {
         partial(fit_score, ema=0.999),
         noise_error,
         {"epochs": 400, "ema": 0.999, "range": list(SCORE_RANGE)},
+    ),
+    "variational_smoothing": Recipe(
+        VariationalNet,
+        partial(fit_variational, targets=(0.1, 1.0), probe=0.1, kl=0.1, width=0.5, draws=2),
+        smoothed,
+        {"epochs": 200, "targets": [0.1, 1.0], "probe": 0.1, "kl": 0.1, "width": 0.5, "draws": 2},
     ),
 }

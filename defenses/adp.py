@@ -1,0 +1,304 @@
+"""Adaptive denoising purification (Yoon, Hwang & Lee 2021, arXiv 2106.06041): climb a score model, then classify.
+
+The image gets Gaussian noise and then follows the score for a few steps, each of a length that the
+score's own curvature sets (section 3.2). In pixels x in [0, 1], with `s` the score in their units,
+
+    g = s(x),  g' = s(x + η·g),  z = ⟨g, g'⟩/⟨g, g⟩,  α = clip(λ·η/(1 − z), 1e-5, .1),  x ← clip(x + α·g),
+
+η = 1e-3 and λ = .05. The score model works on y = 2x − 1, so that s(x) = 2·∇_y log p(y): the chain
+rule, and the only place where units meet. Everything is differentiated, α and the clips included.
+
+Both clips are part of the definition. On digits, where half of the pixels are 0, 37 % of all pixels
+lie outside [0, 1] once noised and have no gradient in that draw, and each step clips another 15 to
+18 % of them. Which pixels those are changes with the noise, so that a mean over draws sees all of
+them. `stages` lets BPDA pass the clips by.
+
+A sample whose α is at most .001 stops: it takes neither that step nor another. The batch goes on
+with it, so that a draw's cost does not depend on its rows; rows that have stopped are carried along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from assay.card import Aggregation, Card, Claim, Traits, Votes
+from assay.chain import Chain, State
+from assay.data import describe
+from assay.defense import Defense, DefenseSpec, Stages
+from assay.defenses.checkpoints import WEIGHTS, load_packaged, packaged
+from assay.defenses.denoiser import Denoiser, check_sigmas, encode
+from assay.defenses.denoiser_sources import denoiser_files, take_denoiser
+from assay.defenses.recipes import digits_energy, digits_score
+from assay.defenses.schedule import column
+from assay.defenses.undefended import DIGITS as CLASSIFIER
+from assay.defenses.undefended import load_network
+from assay.defenses.undefended import weight_files as classifier_files
+from assay.defenses.variants import with_files, with_votes
+from assay.errors import InputError, nearest
+from assay.noise import Noise
+
+SCORE = "digits/score.safetensors"
+ENERGY = "digits/energy.safetensors"
+NOISE = 0.25
+"""The injected noise's standard deviation in pixel units."""
+LEVEL = 0.5
+"""The σ at which the score is read, in [−1, 1] units: that of the injected noise."""
+STEPS = 4
+RUNS = 8
+THREAT = "cifar10 linf 8/255"
+
+
+def step_size(g: Tensor, ahead: Tensor, eta: float, rate: float, bounds: tuple[float, float]) -> Tensor:
+    """α = clip(λ·η/(1 − z), low, high) with z = ⟨g, g'⟩/⟨g, g⟩, `(n,)`.
+
+    Where the score grows along itself (z > 1) the formula is negative and α the lower bound; at
+    z = 1 it is infinite and α the upper one.
+
+    Args:
+        g: the score at x, `(n, c, h, w)`; `ahead` is that at x + η·g.
+        eta, rate: η and λ.
+        bounds: low and high.
+    """
+    low, high = bounds
+    square = g.square().flatten(1).sum(1)
+    # 1 − z as ⟨g, g − g'⟩/⟨g, g⟩, which loses fewer digits; a score of zero has no direction, and α is low.
+    bend = (g * (g - ahead)).flatten(1).sum(1) / square.clamp_min(torch.finfo(g.dtype).tiny)
+    # Clipped as a denominator: the same α, and no infinity for the gradient to multiply by zero.
+    size = (rate * eta / bend.clamp_min(rate * eta / high)).clamp_min(low)
+    return torch.where((bend < 0) | (square == 0), low, size)
+
+
+@dataclass(frozen=True)
+class AdaptivePurifier:
+    """Noise, then steps up the score whose lengths adapt to each sample.
+
+    Attributes:
+        denoiser: its score is climbed.
+        level: σ at which the score is read, in [−1, 1] units.
+        steps: at most; two network calls each.
+        randomized: False leaves the noise out: a deterministic purifier.
+        noise: the injected noise's standard deviation, in pixel units.
+        rate: λ.
+        eta: η, how far ahead the score is probed, in units of the score.
+        bounds: the least and largest α.
+        stop: a sample stops once its α is at most this.
+    """
+
+    denoiser: Denoiser
+    level: float
+    steps: int
+    randomized: bool = True
+    noise: float = NOISE
+    rate: float = 0.05
+    eta: float = 1e-3
+    bounds: tuple[float, float] = (1e-5, 0.1)
+    stop: float = 1e-3
+
+    def score(self, x: Tensor) -> Tensor:
+        """∇ log p in pixel units, `(n, c, h, w)`."""
+        return 2 * self.denoiser.score(encode(x), self.level)
+
+    def start(self, x: Tensor, noise: Noise) -> Tensor:
+        """The noised and clipped pixels; in the deterministic form the pixels themselves."""
+        if not self.randomized:
+            return x
+        return (x + self.noise * noise.normal("z", shape=x.shape[1:], like=x)).clamp(0, 1)
+
+    def step(self, state: State, x: Tensor, noise: Noise) -> Tensor:
+        """One step of the samples that still move. One that has stopped would find the same α again: it stays."""
+        assert isinstance(state, Tensor)
+        g = self.score(state)
+        alpha = step_size(g, self.score(state + self.eta * g), self.eta, self.rate, self.bounds)
+        taken = (state + column(alpha, state) * g).clamp(0, 1)
+        return torch.where(alpha.reshape(-1, 1, 1, 1) > self.stop, taken, state)
+
+    def chain(self) -> Chain:
+        """The process: pixels `(n, c, h, w)` in [0, 1] to purified pixels in [0, 1].
+
+        Raises:
+            InputError: for fewer than one step, or a level that the denoiser was not made for.
+        """
+        if self.steps < 1:
+            raise InputError(f"a purifier takes at least 1 step, got {self.steps}.")
+        check_sigmas(self.denoiser, [self.level], "the score's level")
+        return Chain(self.start, [self.step] * self.steps, network_calls=2 * self.steps)
+
+
+CARD = Card(
+    name="adp",
+    title="ADP",
+    summary=f"Noise of .25, then {STEPS} adaptive steps up a score network; logits averaged over {RUNS} runs.",
+    source="Yoon, Hwang and Lee, Adversarial Purification with Score-based Generative Models, ICML 2021",
+    url="https://arxiv.org/abs/2106.06041",
+    choices=(
+        f"at most {STEPS} steps and {RUNS} runs instead of 10 and 10: on 8x8 digits later steps change little",
+        f"the score is read at σ = {LEVEL} in [-1, 1] units, the level of the injected noise",
+        "a step whose size is at most .001 is not taken",
+    ),
+    traits=Traits(stochastic=True, purifies=True, iterative=True),
+    handles=("stages", "chain", "surrogate", "components", "votes"),
+    votes=Votes(draws=RUNS, how="logits"),
+    datasets=("digits",),
+    weights=packaged(SCORE, CLASSIFIER),
+    # Two calls of the score model a step, and one of the classifier.
+    network_calls=2 * STEPS + 1,
+    # The chain runs every part again in its backward pass.
+    gradient_calls=2 * (2 * STEPS + 1),
+    claims=(
+        Claim(value=0.6971, threat=THREAT, attack="the authors' BPDA with EOT", source="Yoon et al. 2021"),
+        Claim(value=0.337, threat=THREAT, attack="exact gradient, EOT 200", source="Croce et al. 2022"),
+    ),
+)
+
+ENERGY_CARD = CARD.model_copy(
+    update={
+        "name": "adp_energy",
+        "title": "ADP (energy)",
+        "summary": f"Noise of .25, then {STEPS} adaptive steps down an energy; logits averaged over {RUNS} runs.",
+        "choices": (*CARD.choices, "E(x) = ½‖x − r(x)‖² with a small U-shaped network r"),
+        "traits": Traits(stochastic=True, purifies=True, iterative=True, inner_gradient=True),
+        "weights": packaged(ENERGY, CLASSIFIER),
+        "claims": (),
+    }
+)
+
+
+class AdaptivePurification(Defense):
+    """An adaptive purifier before a classifier; one draw is one run.
+
+    Args:
+        purifier: the process.
+        classifier: images to logits.
+        n_classes: k.
+        card: its votes are the paper's S runs, and how they are averaged: logits, probabilities or majority.
+    """
+
+    def __init__(self, purifier: AdaptivePurifier, classifier: nn.Module, n_classes: int, card: Card = CARD) -> None:
+        super().__init__()
+        self.card = card
+        self.n_classes = n_classes
+        self.purifier = purifier
+        # A dataclass hides its modules from nn.Module; named here, they move and freeze with the defense.
+        self.denoiser = purifier.denoiser
+        self.classifier = classifier
+
+    def classify(self, x: Tensor, noise: Noise) -> Tensor:
+        """The classifier's logits `(n, k)` of pixels in [0, 1]."""
+        logits: Tensor = self.classifier(x)
+        return logits
+
+    def draw(self, x: Tensor, noise: Noise) -> Tensor:
+        """Logits `(n, k)` of one purification: the chain itself."""
+        return self.chain()(x, noise)
+
+    def stages(self) -> Stages:
+        """One purification, and the classifier."""
+        return Stages(self.purifier.chain(), self.classify)
+
+    def chain(self) -> Chain:
+        """The whole defense, images to logits."""
+        return self.surrogate(self.purifier.steps)
+
+    def surrogate(self, steps: int) -> Chain:
+        """The same injected noise, and at most `steps` steps that are longer by as much as they are fewer.
+
+        Raises:
+            InputError: for fewer than one step.
+        """
+        fewer = min(steps, self.purifier.steps)
+        if fewer < 1:
+            raise InputError(f"a surrogate takes at least 1 step, got {steps}.")
+        rate = self.purifier.rate * self.purifier.steps / fewer
+        chain = replace(self.purifier, steps=fewer, rate=rate).chain().then(self.classify)
+        return replace(chain, network_calls=chain.network_calls + 1)
+
+    def components(self) -> dict[str, Callable[[Tensor, Noise], Tensor]]:
+        """`classifier`: the network without the purifier."""
+        return {"classifier": self.classify}
+
+
+def weight_files(dataset: str, *, denoiser: str = "") -> dict[str, Path]:
+    """The weight files that `load` reads."""
+    files = denoiser_files(denoiser) if denoiser else {SCORE: WEIGHTS / SCORE}
+    return {**files, **classifier_files(dataset)}
+
+
+def energy_files(dataset: str) -> dict[str, Path]:
+    """The weight files that `load_energy(dataset)` reads."""
+    return {ENERGY: WEIGHTS / ENERGY, CLASSIFIER: WEIGHTS / CLASSIFIER}
+
+
+def load(
+    dataset: str,
+    *,
+    denoiser: str = "",
+    randomized: bool = True,
+    sigma: float = NOISE,
+    steps: int = STEPS,
+    votes: int = RUNS,
+    average: str = "logits",
+) -> AdaptivePurification:
+    """ADP on a score network, before the undefended classifier.
+
+    Args:
+        dataset: digits, or with a `denoiser` cifar10 too.
+        denoiser: whose score is climbed, see `assay.defenses.denoiser_sources`; empty for the packaged score network.
+        randomized: False leaves the noise out; such a purifier answers from one run.
+        sigma: the injected noise's standard deviation in pixel units; the score is read at its level.
+        steps: at most.
+        votes: runs that are averaged.
+        average: what is averaged: logits, probabilities or majority.
+
+    Raises:
+        InputError: for a denoiser that can't be used, or a noise level, a number or a name outside its range.
+    """
+    network: Denoiser
+    if denoiser:
+        network = take_denoiser(denoiser, dataset)
+    else:
+        network = digits_score()
+        load_packaged(network, SCORE)
+    purifier = AdaptivePurifier(network, 2 * sigma, steps, randomized, sigma)
+    purifier.chain()  # refuses what can't run, before anything does
+    card = CARD
+    if (denoiser, randomized, sigma, steps, votes, average) != ("", True, NOISE, STEPS, RUNS, "logits"):
+        files = weight_files(dataset, denoiser=denoiser)
+        card = with_files(_averaging(average, votes, randomized), files, **_described(purifier))
+    return AdaptivePurification(purifier, load_network(dataset), describe(dataset).n_classes, card)
+
+
+def _averaging(average: str, votes: int, randomized: bool) -> Card:
+    """The card with another average over other runs: one where all runs are the same."""
+    if average not in get_args(Aggregation):
+        raise InputError(f"a defense can't average {average!r}.{nearest(average, get_args(Aggregation))}")
+    traits = CARD.traits.model_copy(update={"stochastic": randomized, "non_differentiable": average == "majority"})
+    card = CARD.model_copy(update={"traits": traits, "votes": CARD.votes.model_copy(update={"how": average})})
+    return with_votes(card, votes if randomized else 1)
+
+
+def _described(purifier: AdaptivePurifier) -> dict[str, Any]:
+    noise = f"Noise of {purifier.noise:g}, then" if purifier.randomized else "No noise;"
+    return {
+        "summary": f"{noise} {purifier.steps} adaptive steps up a score, before the undefended classifier.",
+        "choices": (f"the score is read at σ = {purifier.level:g} in [-1, 1] units", *CARD.choices[2:]),
+        "network_calls": 2 * purifier.steps + 1,
+        "gradient_calls": 2 * (2 * purifier.steps + 1),
+    }
+
+
+def load_energy(dataset: str) -> AdaptivePurification:
+    """ADP on the energy, before the undefended classifier."""
+    denoiser = digits_energy()
+    load_packaged(denoiser, ENERGY)
+    purifier = AdaptivePurifier(denoiser, LEVEL, STEPS)
+    return AdaptivePurification(purifier, load_network(dataset), describe(dataset).n_classes, ENERGY_CARD)
+
+
+SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",))
+ADP_ENERGY = DefenseSpec(ENERGY_CARD, load_energy, Path(__file__), energy_files)
