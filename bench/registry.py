@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -74,9 +75,19 @@ DEFENSES: Registry[DefenseSpec] = Registry(
     {
         "undefended": "assay.defenses.undefended:SPEC",
         "adversarial_training": "assay.defenses.adversarial_training:SPEC",
+        "trades": "assay.defenses.trades:SPEC",
         "smoothing": "assay.defenses.smoothing:SPEC",
+        "diffusion_classifier": "assay.defenses.diffusion_classifier:SPEC",
+        "epndc": "assay.defenses.epndc:SPEC",
+        "apndc": "assay.defenses.apndc:SPEC",
+        "denoised_smoothing": "assay.defenses.denoised_smoothing:SPEC",
+        "variational_smoothing": "assay.defenses.variational_smoothing:SPEC",
+        "adp": "assay.defenses.adp:SPEC",
+        "adp_energy": "assay.defenses.adp:ADP_ENERGY",
         "diffpure": "assay.defenses.diffpure:SPEC",
         "bit_depth": "assay.defenses.broken:BIT_DEPTH",
+        "saturated_logits": "assay.defenses.broken:SATURATED_LOGITS",
+        "random_resize": "assay.defenses.broken:RANDOM_RESIZE",
     },
 )
 
@@ -92,6 +103,8 @@ ATTACKS: Registry[AttackSpec] = Registry(
         "bpda": "assay.attacks.bpda:SPEC",
         "through_chain": "assay.attacks.through_chain:SPEC",
         "surrogate": "assay.attacks.surrogate:SPEC",
+        "step_losses": "assay.attacks.step_losses:SPEC",
+        "diffhammer": "assay.attacks.diffhammer:SPEC",
         "autoattack": "assay.attacks.autoattack:SPEC",
     },
 )
@@ -151,7 +164,7 @@ def _import(location: str) -> Any:
 def _as_spec(thing: Any, name: str, file: str | None) -> DefenseSpec:
     source = Path(file) if file else None
     if isinstance(thing, DefenseSpec):
-        return thing if thing.source else DefenseSpec(thing.card, thing.load, source, thing.weight_files)
+        return thing if thing.source else replace(thing, source=source)
     if isinstance(thing, type) and issubclass(thing, nn.Module):
         try:
             inspect.signature(thing).bind()

@@ -249,7 +249,7 @@ class Target:
         if not n:
             return []
         if self._rows is None:
-            budget = 1 << (21 if x.device.type == "cuda" else 16)
+            budget = 1 << (21 if x.device.type == "cuda" else 15)
             self._rows = max(16, budget // max(1, x[0].numel()))
         done: list[slice] = []
         start = 0
