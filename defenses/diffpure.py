@@ -4,7 +4,7 @@ On digits: a small class-unconditional U-Net under the linear DDPM schedule, T =
 steps on a respaced grid, and the undefended classifier, which never saw a purified image. The
 purified image is not clipped before the classifier, so it may leave [0, 1] by a few hundredths: a
 clip would end the gradient of every saturated pixel, of which digits have many. Level and steps
-were chosen on training images held out for that purpose, never on a board's.
+were chosen on training images, which the weights have seen too, never on a board's.
 
 With the option `denoiser` it runs on what a user brings, on digits or cifar10. A Gaussian denoiser
 gives the same process in its variance-exploding form; its levels are those of the linear schedule.

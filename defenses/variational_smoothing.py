@@ -16,7 +16,7 @@ draws runs over both noises. Gradients go to x through the median (to the probe 
 with none past the clip) as well as through the noised image; the component `frozen` is the control
 without the first path, and `relaxed` softens median and clip.
 
-The selector trained on digits does depend on its input: on held-out training images at the target .5,
+The selector trained on digits does depend on its input: on 200 training images at the target .5,
 σ̄ has the median .27 and 90 % of the images lie between .24 and .31. The gradient through it is the
 smaller part: without it, a draw's gradient changes by a tenth of its norm.
 """

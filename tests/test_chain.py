@@ -277,3 +277,32 @@ def test_memory_does_not_grow_with_the_steps_beyond_the_states(kind: str) -> Non
     assert long <= 1.2 * short + 90 * state
     # The same instrument sees a full graph grow, by far more than a state a step.
     assert _peak(kind, 100, "full") - _peak(kind, 10, "full") > 90 * 10 * state
+
+
+def test_what_an_inner_gradient_closes_over_is_no_part_of_it() -> None:
+    x = torch.rand(3, 1, 2, 2, dtype=torch.float64).requires_grad_()
+    kept = 2 * x  # depends on the point, but is held fixed while the gradient is taken
+    gradient = inner_gradient(lambda z: (kept * z.square()).flatten(1).sum(1), x)
+    assert torch.allclose(gradient, 4 * x**2)
+    (slope,) = torch.autograd.grad(gradient.sum(), x)
+    # The result still depends on both: 2 · 2x · x has the slope 8x.
+    assert torch.allclose(slope, 8 * x)
+
+
+def test_a_first_order_chain_takes_inner_gradients_for_constants() -> None:
+    def step(state: State, x: Tensor, noise: Noise) -> State:
+        assert isinstance(state, Tensor)
+        return state - 0.1 * inner_gradient(lambda z: z.pow(4).flatten(1).sum(1), state)
+
+    chain = Chain(lambda x, noise: x, [step, step])
+    x, noise = torch.rand(3, 1, 2, 2, dtype=torch.float64), Noise.from_seed(0, 3)
+    for mode in ("exact", "full"):
+        point = x.clone().requires_grad_()
+        output = chain.first_order()(point, noise, mode=mode)
+        assert torch.equal(output, chain(x, noise))
+        (slope,) = torch.autograd.grad(output.sum(), point)
+        assert torch.equal(slope, torch.ones_like(x))
+    point = x.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(chain(point, noise).sum(), point)
+    after = x - 0.4 * x**3
+    assert torch.allclose(exact, (1 - 1.2 * after**2) * (1 - 1.2 * x**2))

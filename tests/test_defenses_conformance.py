@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from assay import data
+from assay.chain import State
 from assay.defense import Defense, aggregate
 from assay.defenses.checkpoints import read_manifest
 from assay.defenses.networks import resize_and_pad
@@ -30,6 +31,10 @@ NETWORKS: dict[str, tuple[str, ...]] = {
     "variational_smoothing": ("selector", "classifier"),
     "adp": ("denoiser.network", "classifier"),
     "adp_energy": ("denoiser.network", "classifier"),
+    "gdmp": ("denoiser.network", "classifier"),
+    "likelihood_maximisation": ("denoiser.network", "classifier"),
+    "victim_guided": ("denoiser.network", "classifier"),
+    "robust_guidance": ("denoiser.network", "guide", "classifier"),
     "bit_depth": ("network",),
     "saturated_logits": ("network",),
     "random_resize": ("network",),
@@ -87,6 +92,10 @@ def counting(modules: list[nn.Module]) -> Iterator[list[int]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def parts(state: State) -> tuple[Tensor, ...]:
+    return (state,) if isinstance(state, Tensor) else state
 
 
 def slope(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -230,13 +239,12 @@ def test_every_step_replays_bit_for_bit(
 ) -> None:
     x, _, noise = batch
     chain = built[name].chain()
-    states: list[tuple[Tensor, ...]] = []
+    states: list[State] = []
     with torch.no_grad():
-        chain(x, noise, observe=lambda i, state: states.append(state if isinstance(state, tuple) else (state,)))
+        chain(x, noise, observe=lambda i, state: states.append(state))
         for i, step in enumerate(chain.steps):
-            before = states[i] if len(states[i]) > 1 else states[i][0]
-            again = step(before, x, noise.child("step", i))
-            for kept, replayed in zip(states[i + 1], again if isinstance(again, tuple) else (again,), strict=True):
+            again = step(states[i], x, noise.child("step", i))
+            for kept, replayed in zip(parts(states[i + 1]), parts(again), strict=True):
                 assert torch.equal(kept, replayed)
     assert len(states) == len(chain) + 1
 
