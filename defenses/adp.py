@@ -19,7 +19,6 @@ with it, so that a draw's cost does not depend on its rows; rows that have stopp
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -30,10 +29,11 @@ from torch import Tensor, nn
 from assay.card import Aggregation, Card, Claim, Traits, Votes
 from assay.chain import Chain, State
 from assay.data import describe
-from assay.defense import Defense, DefenseSpec, Stages
+from assay.defense import DefenseSpec
 from assay.defenses.checkpoints import WEIGHTS, load_packaged, packaged
 from assay.defenses.denoiser import Denoiser, check_sigmas, encode
 from assay.defenses.denoiser_sources import denoiser_files, take_denoiser
+from assay.defenses.purified import IteratedPurification
 from assay.defenses.recipes import digits_energy, digits_score
 from assay.defenses.schedule import column
 from assay.defenses.undefended import DIGITS as CLASSIFIER
@@ -118,6 +118,11 @@ class AdaptivePurifier:
         taken = (state + column(alpha, state) * g).clamp(0, 1)
         return torch.where(alpha.reshape(-1, 1, 1, 1) > self.stop, taken, state)
 
+    def shortened(self, steps: int) -> AdaptivePurifier:
+        """At most `steps` >= 1 steps, longer by as much as they are fewer."""
+        fewer = min(steps, self.steps)
+        return replace(self, steps=fewer, rate=self.rate * self.steps / fewer)
+
     def chain(self) -> Chain:
         """The process: pixels `(n, c, h, w)` in [0, 1] to purified pixels in [0, 1].
 
@@ -169,7 +174,7 @@ ENERGY_CARD = CARD.model_copy(
 )
 
 
-class AdaptivePurification(Defense):
+class AdaptivePurification(IteratedPurification):
     """An adaptive purifier before a classifier; one draw is one run.
 
     Args:
@@ -180,47 +185,7 @@ class AdaptivePurification(Defense):
     """
 
     def __init__(self, purifier: AdaptivePurifier, classifier: nn.Module, n_classes: int, card: Card = CARD) -> None:
-        super().__init__()
-        self.card = card
-        self.n_classes = n_classes
-        self.purifier = purifier
-        # A dataclass hides its modules from nn.Module; named here, they move and freeze with the defense.
-        self.denoiser = purifier.denoiser
-        self.classifier = classifier
-
-    def classify(self, x: Tensor, noise: Noise) -> Tensor:
-        """The classifier's logits `(n, k)` of pixels in [0, 1]."""
-        logits: Tensor = self.classifier(x)
-        return logits
-
-    def draw(self, x: Tensor, noise: Noise) -> Tensor:
-        """Logits `(n, k)` of one purification: the chain itself."""
-        return self.chain()(x, noise)
-
-    def stages(self) -> Stages:
-        """One purification, and the classifier."""
-        return Stages(self.purifier.chain(), self.classify)
-
-    def chain(self) -> Chain:
-        """The whole defense, images to logits."""
-        return self.surrogate(self.purifier.steps)
-
-    def surrogate(self, steps: int) -> Chain:
-        """The same injected noise, and at most `steps` steps that are longer by as much as they are fewer.
-
-        Raises:
-            InputError: for fewer than one step.
-        """
-        fewer = min(steps, self.purifier.steps)
-        if fewer < 1:
-            raise InputError(f"a surrogate takes at least 1 step, got {steps}.")
-        rate = self.purifier.rate * self.purifier.steps / fewer
-        chain = replace(self.purifier, steps=fewer, rate=rate).chain().then(self.classify)
-        return replace(chain, network_calls=chain.network_calls + 1)
-
-    def components(self) -> dict[str, Callable[[Tensor, Noise], Tensor]]:
-        """`classifier`: the network without the purifier."""
-        return {"classifier": self.classify}
+        super().__init__(purifier, classifier, n_classes, card)
 
 
 def weight_files(dataset: str, *, denoiser: str = "") -> dict[str, Path]:

@@ -12,7 +12,6 @@ averaging the gradient over draws undoes it (Athalye et al. 2018, section 5.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 
 from assay.card import Card, Traits
 from assay.data import describe
-from assay.defense import Defense, DefenseSpec, Stages
+from assay.defense import Defense, DefenseSpec
 from assay.defenses.checkpoints import WEIGHTS, load_packaged, packaged
 from assay.defenses.networks import LARGEST, DigitsCNN, resize_and_pad
+from assay.defenses.purified import PurifiedClassifier
 from assay.defenses.undefended import DIGITS, load_network
 from assay.defenses.undefended import weight_files as undefended_files
 from assay.noise import Noise
@@ -80,36 +80,16 @@ RANDOM_RESIZE_CARD = Card(
 )
 
 
-class BitDepth(Defense):
+class BitDepth(PurifiedClassifier):
     """Rounds pixels to `2^bits` evenly spaced levels, then classifies."""
 
     def __init__(self, network: nn.Module, bits: int, n_classes: int) -> None:
-        super().__init__()
-        self.card = BIT_DEPTH_CARD
-        self.n_classes = n_classes
-        self.network = network
+        super().__init__(network, n_classes, BIT_DEPTH_CARD)
         self.highest = (1 << bits) - 1
 
     def purify(self, x: Tensor, noise: Noise) -> Tensor:
         """The quantised image, `(n, c, h, w)` in [0, 1]; its gradient is zero."""
         return torch.round(x * self.highest) / self.highest
-
-    def classify(self, x: Tensor, noise: Noise) -> Tensor:
-        """The undefended classifier's logits `(n, k)`."""
-        logits: Tensor = self.network(x)
-        return logits
-
-    def draw(self, x: Tensor, noise: Noise) -> Tensor:
-        """Logits `(n, k)` of the quantised image."""
-        return self.classify(self.purify(x, noise), noise)
-
-    def stages(self) -> Stages:
-        """Quantisation and classifier."""
-        return Stages(self.purify, self.classify)
-
-    def components(self) -> dict[str, Callable[[Tensor, Noise], Tensor]]:
-        """`classifier`: the network on the image as it is."""
-        return {"classifier": self.classify}
 
 
 class SaturatedLogits(Defense):
@@ -128,7 +108,7 @@ class SaturatedLogits(Defense):
         return logits
 
 
-class RandomResize(Defense):
+class RandomResize(PurifiedClassifier):
     """Resizes and pads an image at random, then classifies it at the size that it came in.
 
     Args:
@@ -138,32 +118,12 @@ class RandomResize(Defense):
     """
 
     def __init__(self, network: nn.Module, largest: int, n_classes: int) -> None:
-        super().__init__()
-        self.card = RANDOM_RESIZE_CARD
-        self.n_classes = n_classes
-        self.network = network
+        super().__init__(network, n_classes, RANDOM_RESIZE_CARD)
         self.largest = largest
 
     def purify(self, x: Tensor, noise: Noise) -> Tensor:
         """The image after `resize_and_pad`."""
         return resize_and_pad(x, noise, self.largest)
-
-    def classify(self, x: Tensor, noise: Noise) -> Tensor:
-        """The classifier's logits `(n, k)`."""
-        logits: Tensor = self.network(x)
-        return logits
-
-    def draw(self, x: Tensor, noise: Noise) -> Tensor:
-        """Logits `(n, k)` of one random resizing."""
-        return self.classify(self.purify(x, noise), noise)
-
-    def stages(self) -> Stages:
-        """Resizing and classifier."""
-        return Stages(self.purify, self.classify)
-
-    def components(self) -> dict[str, Callable[[Tensor, Noise], Tensor]]:
-        """`classifier`: the network on the image as it is."""
-        return {"classifier": self.classify}
 
 
 def load(dataset: str) -> BitDepth:

@@ -12,17 +12,17 @@ The card does not say `certifies`: the project has no certificates yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from assay.card import Card, Traits, Votes
 from assay.data import describe
-from assay.defense import Defense, DefenseSpec, Stages
+from assay.defense import DefenseSpec
 from assay.defenses.checkpoints import WEIGHTS, load_packaged, packaged
 from assay.defenses.denoiser import Denoiser, UNetDenoiser, check_sigmas, decode, encode, small_unet
 from assay.defenses.denoiser_sources import denoiser_files, take_denoiser
+from assay.defenses.purified import PurifiedClassifier
 from assay.defenses.undefended import DIGITS as CLASSIFIER
 from assay.defenses.undefended import load_network
 from assay.defenses.undefended import weight_files as classifier_files
@@ -51,7 +51,7 @@ CARD = Card(
 )
 
 
-class DenoisedSmoothing(Defense):
+class DenoisedSmoothing(PurifiedClassifier):
     """A classifier behind a one-shot denoiser, under Gaussian noise; one draw is one noised pass.
 
     Args:
@@ -68,35 +68,15 @@ class DenoisedSmoothing(Defense):
     def __init__(
         self, denoiser: Denoiser, classifier: nn.Module, sigma: float, n_classes: int, card: Card = CARD
     ) -> None:
-        super().__init__()
+        super().__init__(classifier, n_classes, card)
         check_sigmas(denoiser, [2 * sigma], f"a noise of {sigma:g} in pixels")
-        self.card = card
-        self.n_classes = n_classes
         self.denoiser = denoiser
-        self.classifier = classifier
         self.sigma = sigma
 
     def purify(self, x: Tensor, noise: Noise) -> Tensor:
         """`x (n, c, h, w)` noised and denoised: pixels about in [0, 1], not clipped."""
         noised = x + self.sigma * noise.normal("z", shape=x.shape[1:], like=x)
         return decode(self.denoiser.denoise(encode(noised), 2 * self.sigma))
-
-    def classify(self, x: Tensor, noise: Noise) -> Tensor:
-        """The classifier's logits `(n, k)` of pixels about in [0, 1]."""
-        logits: Tensor = self.classifier(x)
-        return logits
-
-    def draw(self, x: Tensor, noise: Noise) -> Tensor:
-        """Logits `(n, k)` of one noised and denoised image."""
-        return self.classify(self.purify(x, noise), noise)
-
-    def stages(self) -> Stages:
-        """One noising and denoising, and the classifier."""
-        return Stages(self.purify, self.classify)
-
-    def components(self) -> dict[str, Callable[[Tensor, Noise], Tensor]]:
-        """`classifier`: the network without noise and denoiser."""
-        return {"classifier": self.classify}
 
 
 def weight_files(dataset: str, *, denoiser: str = "") -> dict[str, Path]:

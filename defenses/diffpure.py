@@ -12,26 +12,22 @@ gives the same process in its variance-exploding form; its levels are those of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from assay.card import Card, Traits
-from assay.chain import Chain
 from assay.data import describe
-from assay.defense import Defense, DefenseSpec, Stages
+from assay.defense import DefenseSpec
 from assay.defenses.checkpoints import WEIGHTS, load_packaged, packaged
 from assay.defenses.denoiser import Denoiser, UNetDenoiser, small_unet
 from assay.defenses.denoiser_sources import denoiser_files, take_denoiser
+from assay.defenses.purified import IteratedPurification
 from assay.defenses.purifier import ImagePurifier, Purifier
 from assay.defenses.undefended import DIGITS as CLASSIFIER
 from assay.defenses.undefended import load_network
 from assay.defenses.undefended import weight_files as classifier_files
 from assay.defenses.variants import with_files
-from assay.errors import InputError
-from assay.noise import Noise
 
 DENOISER = "digits/denoiser.safetensors"
 LEVEL = 150
@@ -58,59 +54,18 @@ CARD = Card(
 )
 
 
-class DiffPure(Defense):
-    """A purifier before a classifier: DiffPure itself, and the base of the guided purifiers.
+class DiffPure(IteratedPurification):
+    """Diffusion purification before a classifier; the guided purifiers are this with another `purifier`.
 
     Args:
         purifier: the process that cleans images.
         classifier: images to logits.
         n_classes: k.
-        card: another card than the registry's, for another number of steps.
+        card: another card than the registry's, for another process.
     """
 
     def __init__(self, purifier: ImagePurifier, classifier: nn.Module, n_classes: int, card: Card = CARD) -> None:
-        super().__init__()
-        self.card = card
-        self.n_classes = n_classes
-        self.purifier = purifier
-        # A dataclass hides its modules from nn.Module; named here, they move and freeze with the defense.
-        self.denoiser = purifier.denoiser
-        self.classifier = classifier
-
-    def classify(self, x: Tensor, noise: Noise) -> Tensor:
-        """The classifier's logits `(n, k)` of pixels about in [0, 1]."""
-        logits: Tensor = self.classifier(x)
-        return logits
-
-    def draw(self, x: Tensor, noise: Noise) -> Tensor:
-        """Logits `(n, k)` of one purification: the chain itself."""
-        return self.chain()(x, noise)
-
-    def stages(self) -> Stages:
-        """One purification, and the classifier."""
-        return Stages(self.purifier.chain(), self.classify)
-
-    def chain(self) -> Chain:
-        """The whole defense, images to logits."""
-        return self.before_classifier(self.purifier.chain())
-
-    def before_classifier(self, process: Chain) -> Chain:
-        """A purification followed by the classifier, images to logits."""
-        return replace(process.then(self.classify), network_calls=process.network_calls + 1)
-
-    def surrogate(self, steps: int) -> Chain:
-        """The same level and the same noise schedule's total, in at most `steps` steps of the purifier.
-
-        Raises:
-            InputError: for fewer than one step.
-        """
-        if steps < 1:
-            raise InputError(f"a surrogate takes at least 1 step, got {steps}.")
-        return self.before_classifier(self.purifier.shortened(steps).chain())
-
-    def components(self) -> dict[str, Callable[[Tensor, Noise], Tensor]]:
-        """`classifier`: the network without the purifier."""
-        return {"classifier": self.classify}
+        super().__init__(purifier, classifier, n_classes, card)
 
 
 def weight_files(dataset: str, *, denoiser: str = "") -> dict[str, Path]:

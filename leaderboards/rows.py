@@ -255,10 +255,11 @@ def _ranked(found: Sequence[tuple[Row, Scores | None]]) -> tuple[Row, ...]:
     return tuple(sorted(placed, key=_order))
 
 
-def _order(row: Row) -> tuple[int, bool, float, str, str]:
+def _order(row: Row) -> tuple[int, bool, bool, float, str, str]:
     results, card = row.record.results, row.record.defense.card
     robust = results.robust.value if results else 0.0
-    return GROUPS.index(row.group), results is None, -robust, card.name, row.path
+    # Calibrators stand below the defenses that they calibrate, also where nothing is ranked.
+    return GROUPS.index(row.group), results is None, card.known_broken, -robust, card.name, row.path
 
 
 def _better(a: Row, b: Row, scores: Mapping[str, Scores]) -> bool:

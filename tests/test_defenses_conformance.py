@@ -35,9 +35,9 @@ NETWORKS: dict[str, tuple[str, ...]] = {
     "likelihood_maximisation": ("denoiser.network", "classifier"),
     "victim_guided": ("denoiser.network", "classifier"),
     "robust_guidance": ("denoiser.network", "guide", "classifier"),
-    "bit_depth": ("network",),
+    "bit_depth": ("classifier",),
     "saturated_logits": ("network",),
-    "random_resize": ("network",),
+    "random_resize": ("classifier",),
 }
 """The networks of each defense, whose calls are counted."""
 BROKEN = {"bit_depth", "saturated_logits", "random_resize"}
