@@ -75,6 +75,7 @@ DEFENSES: Registry[DefenseSpec] = Registry(
     {
         "undefended": "assay.defenses.undefended:SPEC",
         "adversarial_training": "assay.defenses.adversarial_training:SPEC",
+        "adversarial_training_l2": "assay.defenses.adversarial_training:L2",
         "trades": "assay.defenses.trades:SPEC",
         "smoothing": "assay.defenses.smoothing:SPEC",
         "diffusion_classifier": "assay.defenses.diffusion_classifier:SPEC",

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from assay.defenses.denoiser import Denoiser, EDMDenoiser, UNetDenoiser, encode
 from assay.defenses.schedule import column
 from assay.norms import Ball
-from assay.threat import ThreatModel, parse_eps
+from assay.threat import Norm, ThreatModel, parse_eps
 
 Perturb = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """What a training image becomes: `(network, x, y) -> x'`, drawing from the forked global generator."""
@@ -37,10 +37,15 @@ def gaussian(sigma: float) -> Perturb:
     return lambda network, x, y: x + sigma * torch.randn_like(x)
 
 
-def _ascend(x: Tensor, eps: str, steps: int, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """Linf steps of 2.5·ε/steps up `loss` from a random start."""
-    ball = Ball(ThreatModel("linf", parse_eps(eps)), x)
-    z = ball.project(x + ball.eps * (2 * torch.rand_like(x) - 1))
+def _ascend(x: Tensor, threat: ThreatModel, steps: int, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """Steps of 2.5·ε/steps up `loss` from a random start in the ball."""
+    ball = Ball(threat, x)
+    if threat.norm == "linf":
+        z = x + ball.eps * (2 * torch.rand_like(x) - 1)
+    else:
+        direction = F.normalize(torch.randn_like(x).flatten(1), dim=1).view_as(x)
+        z = x + ball.eps * torch.rand(len(x), *[1] * (x.ndim - 1)) * direction
+    z = ball.project(z)
     for _ in range(steps):
         z.requires_grad_()
         (gradient,) = torch.autograd.grad(loss(z), z)
@@ -48,9 +53,10 @@ def _ascend(x: Tensor, eps: str, steps: int, loss: Callable[[Tensor], Tensor]) -
     return z.detach()
 
 
-def pgd(eps: str, steps: int) -> Perturb:
-    """Linf PGD on the cross-entropy (Madry et al. 2018)."""
-    return lambda network, x, y: _ascend(x, eps, steps, lambda z: F.cross_entropy(network(z), y))
+def pgd(eps: str, steps: int, norm: Norm = "linf") -> Perturb:
+    """PGD on the cross-entropy (Madry et al. 2018)."""
+    threat = ThreatModel(norm, parse_eps(eps))
+    return lambda network, x, y: _ascend(x, threat, steps, lambda z: F.cross_entropy(network(z), y))
 
 
 def minimise(
@@ -107,13 +113,15 @@ def fit_trades(
     own level, uniform up to that many pixel units: the network is meant for half-denoised images.
     """
 
+    threat = ThreatModel("linf", parse_eps(eps))
+
     def loss(x: Tensor, y: Tensor) -> Tensor:
         if noise:
             x = x + noise * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
         with torch.no_grad():
             clean = network(x).softmax(1)
         # Noised images leave [0, 1]; the attack inside training may leave it with them.
-        x_adv = _ascend(x.clamp(0, 1), eps, steps, lambda z: _divergence(network(z), clean)) - x.clamp(0, 1) + x
+        x_adv = _ascend(x.clamp(0, 1), threat, steps, lambda z: _divergence(network(z), clean)) - x.clamp(0, 1) + x
         logits = network(x)
         return F.cross_entropy(logits, y) + beta * _divergence(network(x_adv), logits.softmax(1))
 

@@ -38,6 +38,7 @@ from assay.defenses.networks import LARGEST, DigitsCNN, EnergyNet, ScoreNet, res
 from assay.defenses.schedule import column
 from assay.defenses.selector import VariationalNet
 from assay.noise import Noise
+from assay.threat import Norm
 
 SCORE_RANGE = (0.05, 2.0)
 """σ of the score and energy models, geometric, in [−1, 1] units."""
@@ -111,11 +112,11 @@ def noisy(perturb: Perturb) -> Callable[[nn.Module, Tensor, Tensor], dict[str, f
     }
 
 
-def robust(eps: str) -> Callable[[nn.Module, Tensor, Tensor], dict[str, float]]:
-    """Accuracy on the images as they are and under 20 steps of linf PGD."""
+def robust(eps: str, norm: Norm = "linf") -> Callable[[nn.Module, Tensor, Tensor], dict[str, float]]:
+    """Accuracy on the images as they are and under 20 steps of PGD."""
     return lambda network, x, y: {
         "clean_accuracy": accuracy(network, x, y),
-        "pgd_accuracy": accuracy(network, pgd(eps, 20)(network, x, y), y),
+        "pgd_accuracy": accuracy(network, pgd(eps, 20, norm)(network, x, y), y),
     }
 
 
@@ -150,6 +151,12 @@ DIGITS: dict[str, Recipe] = {
         partial(fit_classifier, perturb=pgd("1/5", 7)),
         clean,
         {"epochs": 80, "attack": "pgd", "eps": "1/5", "steps": 7},
+    ),
+    "adversarial_training_l2": Recipe(
+        DigitsCNN,
+        partial(fit_classifier, perturb=pgd("3/4", 7, "l2")),
+        robust("3/4", "l2"),
+        {"epochs": 80, "attack": "pgd", "norm": "l2", "eps": "3/4", "steps": 7},
     ),
     "smoothing": Recipe(
         DigitsCNN,

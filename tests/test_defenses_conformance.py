@@ -21,6 +21,7 @@ HANDLES = ("stages", "chain", "surrogate", "relaxed", "components")
 NETWORKS: dict[str, tuple[str, ...]] = {
     "undefended": ("network",),
     "adversarial_training": ("network",),
+    "adversarial_training_l2": ("network",),
     "trades": ("network",),
     "smoothing": ("network",),
     "diffpure": ("denoiser.network", "classifier"),
