@@ -21,10 +21,11 @@ from torch import Tensor
 from assay.card import Card, Traits
 from assay.defense import DefenseSpec, Stages
 from assay.defenses.checkpoints import packaged
-from assay.defenses.class_errors import Grid, Level, Sift, Weighting, plain_levels
+from assay.defenses.class_errors import Grid, Level, Sift, Spacing, Weighting, plain_levels
 from assay.defenses.denoiser import Denoiser, decode, encode
-from assay.defenses.diffusion_classifier import DIGITS, load_denoiser, weight_files
-from assay.defenses.noised_diffusion import SIGMA, VOTES, NoisedDiffusionClassifier
+from assay.defenses.diffusion_classifier import DIGITS, EVERY, load_denoiser, sifting, weight_files
+from assay.defenses.noised_diffusion import SIGMA, VOTES, NoisedDiffusionClassifier, described_noised, noised_grid
+from assay.defenses.variants import with_traits, without_handle
 from assay.errors import InputError
 from assay.noise import Noise
 
@@ -121,9 +122,47 @@ class APNDC(NoisedDiffusionClassifier):
         return Stages(purify, classify)
 
 
-def load(dataset: str) -> APNDC:
-    """APNDC with the card's choices."""
-    return APNDC(load_denoiser(dataset), SIGMA, DIGITS_GRID)
+def load(
+    dataset: str,
+    *,
+    renoise: Renoise = "denoised",
+    sigma: float = SIGMA,
+    votes: int = VOTES.draws,
+    weighting: Weighting = APNDC.own_weighting,
+    levels: int = DIGITS_GRID.levels,
+    highest: float = DIGITS_GRID.highest,
+    spacing: Spacing = DIGITS_GRID.spacing,
+    samples: int = 1,
+    keep: int = 0,
+    every: int = EVERY,
+) -> APNDC:
+    """APNDC with the card's choices.
+
+    Args:
+        dataset: digits. It needs a denoiser that works with and without a class, which no one can bring yet.
+        renoise: what the levels' noise is added to: denoised, x̂_0, or noised, x_τ.
+        sigma: the smoothing noise's standard deviation in pixel units.
+        votes: draws of the majority.
+        weighting: training or elbo.
+        levels, highest, spacing: the levels from τ up, in [−1, 1] units; spacing is linear or log.
+        samples: noise samples a level.
+        keep, every: sift-and-refine, see `Sift`; without it where keep is 0.
+
+    Raises:
+        InputError: for a number or a name outside its range.
+    """
+    grid, sift = noised_grid(sigma, levels, highest, spacing), sifting(keep, every)
+    defense = APNDC(load_denoiser(dataset), sigma, grid, weighting, renoise=renoise, samples=samples, sift=sift)
+    usual = ("denoised", SIGMA, VOTES.draws, APNDC.own_weighting, DIGITS_GRID, 1, None)
+    if (renoise, sigma, votes, weighting, grid, samples, sift) != usual:
+        to = "it" if renoise == "denoised" else "the noised one"
+        summary = f"denoises it in one step, and compares how well each class restores that image from noise on {to}"
+        card = CARD.model_copy(update={"summary": summary})
+        if renoise == "noised":
+            # The classifier sees the noised image too: there is no half that purifies.
+            card = with_traits(without_handle(card, "stages"), purifies=False)
+        defense.card = described_noised(defense, card, votes)
+    return defense
 
 
 SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files)

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from assay.card import Card, Traits, Votes
 from assay.data import describe
 from assay.defense import DefenseSpec
-from assay.defenses.checkpoints import WEIGHTS, load_packaged, packaged
-from assay.defenses.denoiser import Denoiser, UNetDenoiser, check_sigmas, decode, encode, small_unet
-from assay.defenses.denoiser_sources import denoiser_files, take_denoiser
+from assay.defenses.checkpoints import WEIGHTS, packaged
+from assay.defenses.denoiser import Denoiser, check_sigmas, decode, encode
+from assay.defenses.denoiser_sources import denoiser_files
 from assay.defenses.purified import PurifiedClassifier
 from assay.defenses.undefended import DIGITS as CLASSIFIER
 from assay.defenses.undefended import load_network
 from assay.defenses.undefended import weight_files as classifier_files
-from assay.defenses.variants import with_files, with_votes
+from assay.defenses.variants import unet_or_taken, with_files, with_votes
 from assay.noise import Noise
 
 DENOISER = "digits/denoiser.safetensors"
@@ -97,12 +97,7 @@ def load(dataset: str, *, denoiser: str = "", sigma: float = SIGMA, votes: int =
     Raises:
         InputError: for a denoiser that can't be used, or a noise level or number of votes outside its range.
     """
-    network: Denoiser
-    if denoiser:
-        network = take_denoiser(denoiser, dataset)
-    else:
-        network = UNetDenoiser(small_unet())
-        load_packaged(network, DENOISER)
+    network = unet_or_taken(denoiser, dataset, DENOISER)
     card = CARD
     if denoiser or (sigma, votes) != (SIGMA, VOTES):
         card = with_files(

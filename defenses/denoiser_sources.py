@@ -40,24 +40,28 @@ _SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 _SMOKE_IMAGES = 8
 
 
-def take_denoiser(source: str, dataset: str) -> Denoiser:
-    """A denoiser of images without classes for a data set, loaded and seen to denoise its images.
+def take_denoiser(source: str, dataset: str, n_classes: int = 0) -> Denoiser:
+    """A denoiser for a data set, loaded and seen to denoise its images.
 
     Args:
         source: see `load_denoiser`.
         dataset: whose images it is checked on.
+        n_classes: how many classes it has to know; 0 for one without classes.
 
     Raises:
-        InputError: as `load_denoiser` and `check_denoiser` do, or where it needs class labels or
-            images of other channels.
+        InputError: as `load_denoiser` and `check_denoiser` do, or where it knows other classes or is
+            for images of other channels.
     """
     denoiser = load_denoiser(source)
     channels = data.describe(dataset).shape[0]
     made_for = denoiser.network.config.in_channels if isinstance(denoiser, UNetDenoiser) else 3
     if made_for != channels:
         raise InputError(f"{source} is for images of {made_for} channels; those of {dataset} have {channels}.")
-    if denoiser.n_classes:
+    if denoiser.n_classes and not n_classes:
         raise InputError(f"{source} takes class labels, which a purifier doesn't have; expected one without classes.")
+    if denoiser.n_classes != n_classes:
+        known = denoiser.n_classes or "no"
+        raise InputError(f"{source} knows {known} classes; expected a U-Net that takes the {n_classes} of {dataset}.")
     # Digits may be checked on training images; CIFAR-10's ids are all of its test split. Nothing is chosen by this.
     ids = data.train_split(dataset) if dataset == "digits" else data.test_ids(dataset)
     images, _ = data.load(dataset, ids[:: len(ids) // _SMOKE_IMAGES][:_SMOKE_IMAGES])

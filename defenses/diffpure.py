@@ -19,15 +19,14 @@ from torch import nn
 from assay.card import Card, Traits
 from assay.data import describe
 from assay.defense import DefenseSpec
-from assay.defenses.checkpoints import WEIGHTS, load_packaged, packaged
-from assay.defenses.denoiser import Denoiser, UNetDenoiser, small_unet
-from assay.defenses.denoiser_sources import denoiser_files, take_denoiser
+from assay.defenses.checkpoints import WEIGHTS, packaged
+from assay.defenses.denoiser_sources import denoiser_files
 from assay.defenses.purified import IteratedPurification
 from assay.defenses.purifier import ImagePurifier, Purifier
 from assay.defenses.undefended import DIGITS as CLASSIFIER
 from assay.defenses.undefended import load_network
 from assay.defenses.undefended import weight_files as classifier_files
-from assay.defenses.variants import with_files
+from assay.defenses.variants import counted, unet_or_taken, with_files, with_purifier
 
 DENOISER = "digits/denoiser.safetensors"
 LEVEL = 150
@@ -86,23 +85,17 @@ def load(dataset: str, *, denoiser: str = "", level: int = LEVEL, steps: int = S
     Raises:
         InputError: for a denoiser that can't be used, or a level or number of steps outside its range.
     """
-    network: Denoiser
-    if denoiser:
-        network = take_denoiser(denoiser, dataset)
-    else:
-        network = UNetDenoiser(small_unet())
-        load_packaged(network, DENOISER)
+    network = unet_or_taken(denoiser, dataset, DENOISER)
     purifier = Purifier(network, level, steps)
-    purifier.chain()  # refuses what can't run, before anything does
+    process = purifier.chain()  # refuses what can't run, before anything does
     card = CARD
     if denoiser or (level, steps) != (LEVEL, STEPS):
+        taken = counted(steps, "ancestral step")
         card = with_files(
-            CARD,
+            with_purifier(CARD, process),
             weight_files(dataset, denoiser=denoiser),
-            summary=f"Diffuses the image to t* = {level}, takes {steps} ancestral steps back, then classifies.",
+            summary=f"Diffuses the image to t* = {level}, takes {taken} back, then classifies.",
             choices=CARD.choices[:1],
-            network_calls=steps + 1,
-            gradient_calls=2 * (steps + 1),
         )
     return DiffPure(purifier, load_network(dataset), describe(dataset).n_classes, card)
 

@@ -8,10 +8,14 @@ It is attacked as it answers: the forward pass is differentiable through every d
 released code of the noised variants cuts its graph on the way, so that gradients taken from it are
 those of another loss; under attacks without that fault, plain diffusion classifiers on CIFAR-10 fell
 to about 5 % (linf 8/255). No number from a cut graph says anything about this defense.
+
+With the option `denoiser` it runs on a class-conditional U-Net that a user brings, on digits or cifar10,
+at a network call a class.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,9 +26,11 @@ from assay.chain import Chain, State
 from assay.data import describe
 from assay.defense import Defense, DefenseSpec
 from assay.defenses.checkpoints import WEIGHTS, load_packaged, packaged
-from assay.defenses.class_errors import Comparison, Grid, Level, Sift, Weighting, plain_levels
+from assay.defenses.class_errors import Comparison, Grid, Level, Sift, Spacing, Weighting, plain_levels
 from assay.defenses.denoiser import Denoiser, encode
+from assay.defenses.denoiser_sources import denoiser_files, take_denoiser
 from assay.defenses.recipes import digits_heads
+from assay.defenses.variants import counted, with_files, with_traits
 from assay.errors import InputError
 from assay.noise import Noise
 
@@ -33,6 +39,8 @@ PAPER_GRID = Grid(1e-4, 3.0, 126)
 """The paper's levels, in [−1, 1] units. An image's σ is never 0, so neither is the lowest."""
 DIGITS_GRID = Grid(0.3, 3.0, 6, "log")
 """Of 200 training images, .965 are right with these six levels and .985 with 126 from .02 to 3."""
+EVERY = 4
+"""Sift-and-refine's coarse grid: every so many-th level, where it is asked for."""
 
 CARD = Card(
     name="diffusion_classifier",
@@ -132,22 +140,106 @@ class DiffusionClassifier(Defense):
         return comparison.chain(start, self.start_calls)
 
 
-def weight_files(dataset: str) -> dict[str, Path]:
-    """The weight file that `load(dataset)` reads."""
-    return {DIGITS: WEIGHTS / DIGITS}
+def weight_files(dataset: str, *, denoiser: str = "") -> dict[str, Path]:
+    """The weight files that `load` reads."""
+    return _files(denoiser)
 
 
-def load_denoiser(dataset: str) -> Denoiser:
-    """The class-conditional denoiser of a data set."""
+def _files(source: str) -> dict[str, Path]:
+    return denoiser_files(source) if source else {DIGITS: WEIGHTS / DIGITS}
+
+
+def load_denoiser(dataset: str, source: str = "") -> Denoiser:
+    """The class-conditional denoiser of a data set.
+
+    Args:
+        source: see `assay.defenses.denoiser_sources`; empty for the packaged one.
+
+    Raises:
+        InputError: for a source that can't be used, or that doesn't know the data set's classes.
+    """
+    n_classes = describe(dataset).n_classes
+    if source:
+        return take_denoiser(source, dataset, n_classes)
     denoiser = digits_heads()
     load_packaged(denoiser, DIGITS)
-    assert denoiser.n_classes == describe(dataset).n_classes
+    assert denoiser.n_classes == n_classes
     return denoiser
 
 
-def load(dataset: str) -> DiffusionClassifier:
-    """The diffusion classifier with the card's choices."""
-    return DiffusionClassifier(load_denoiser(dataset), DIGITS_GRID, "elbo")
+def sifting(keep: int, every: int) -> Sift | None:
+    """Sift-and-refine from options; None where no number of classes is given.
+
+    Raises:
+        InputError: for a coarse grid without a number of classes, or one that is the whole grid.
+    """
+    if not keep and every != EVERY:
+        raise InputError(f"every = {every} is the coarse grid of sift-and-refine, which needs keep, the classes kept.")
+    if keep and every < 2:
+        raise InputError(f"sift-and-refine first takes every 2nd level, or fewer; got every = {every}.")
+    return Sift(keep, every) if keep else None
 
 
-SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files)
+def described(defense: DiffusionClassifier, card: Card, source: str, more: Sequence[str] = ()) -> Card:
+    """What all diffusion classifiers' cards say of their options.
+
+    Args:
+        defense: as it was built.
+        card: the registry's, with what is the subclass's own.
+        source: of the denoiser; empty for the packaged one.
+        more: further choices.
+    """
+    grid, sift, chain = defense.grid, defense.sift, defense.chain()
+    spaced = "ln σ" if grid.spacing == "log" else "σ"
+    levels = f"{counted(grid.levels, 'noise level')}, even in {spaced} from {grid.lowest:g} to {grid.highest:g}"
+    choices = [
+        f"{levels} in [-1, 1] units, {counted(defense.samples, 'noise sample')} each",
+        f"the weighting {defense.weighting!r}",
+        "a network call a class" if source else "all classes from one call of a network with a head a class",
+    ]
+    if sift is not None:
+        choices.append(f"sift-and-refine: all classes at one level in {sift.every}, the best {sift.keep} at the others")
+    # A draw is one batch, not the chain: its backward pass runs nothing again.
+    calls = {"network_calls": chain.network_calls, "gradient_calls": chain.network_calls}
+    changed = with_traits(card, iterative=len(chain) > 1)
+    return with_files(changed, _files(source), choices=(*choices, *more), **calls)
+
+
+def load(
+    dataset: str,
+    *,
+    denoiser: str = "",
+    weighting: Weighting = "elbo",
+    levels: int = DIGITS_GRID.levels,
+    lowest: float = DIGITS_GRID.lowest,
+    highest: float = DIGITS_GRID.highest,
+    spacing: Spacing = DIGITS_GRID.spacing,
+    samples: int = 1,
+    keep: int = 0,
+    every: int = EVERY,
+) -> DiffusionClassifier:
+    """The diffusion classifier with the card's choices.
+
+    Args:
+        dataset: digits, or with a `denoiser` cifar10 too.
+        denoiser: a class-conditional one, see `assay.defenses.denoiser_sources`; empty for the packaged one.
+        weighting: training (EDM's, the paper's choice) or elbo.
+        levels, lowest, highest, spacing: the grid of noise levels, in [−1, 1] units; spacing is linear or log.
+        samples: noise samples a level.
+        keep, every: sift-and-refine, see `Sift`; without it where keep is 0.
+
+    Raises:
+        InputError: for a denoiser that can't be used, or a number or a name outside its range.
+    """
+    grid, sift = Grid(lowest, highest, levels, spacing), sifting(keep, every)
+    defense = DiffusionClassifier(load_denoiser(dataset, denoiser), grid, weighting, samples=samples, sift=sift)
+    if denoiser or (weighting, grid, samples, sift) != ("elbo", DIGITS_GRID, 1, None):
+        summary = (
+            "Answers with the class whose conditional denoiser restores the noised image best, over "
+            f"{counted(levels, 'noise level')}."
+        )
+        defense.card = described(defense, CARD.model_copy(update={"summary": summary}), denoiser)
+    return defense
+
+
+SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",))

@@ -28,6 +28,8 @@ an analytic mixture of three classes (`python -m benchmarks.ndc_convergence`), b
 At first it falls as 1/√samples, then to a floor that falls with the grid's width (the KL weight takes the
 variance of q̄ for that of p̄, at the lowest levels a good part too little). The top is left out of the
 sum: `E log p_σ_T(x_T | y)`, which at σ_T = 3 is worth about .04 here and more for images with more pixels.
+
+With the option `denoiser` it runs on a class-conditional U-Net that a user brings, on digits or cifar10.
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ from typing import ClassVar
 from assay.card import Card, Traits
 from assay.defense import DefenseSpec
 from assay.defenses.checkpoints import packaged
-from assay.defenses.class_errors import Grid, Level, Weighting, training_weight
-from assay.defenses.diffusion_classifier import DIGITS, load_denoiser, weight_files
-from assay.defenses.noised_diffusion import SIGMA, VOTES, NoisedDiffusionClassifier
+from assay.defenses.class_errors import Grid, Level, Spacing, Weighting, training_weight
+from assay.defenses.diffusion_classifier import DIGITS, EVERY, load_denoiser, sifting, weight_files
+from assay.defenses.noised_diffusion import SIGMA, VOTES, NoisedDiffusionClassifier, described_noised, noised_grid
 from assay.errors import InputError
 
 DIGITS_GRID = Grid(2 * SIGMA, 3.0, 5, "log")
@@ -110,9 +112,42 @@ class EPNDC(NoisedDiffusionClassifier):
         return exact_levels(replace(grid, levels=grid.levels + 1).sigmas, self.weighting)
 
 
-def load(dataset: str) -> EPNDC:
-    """EPNDC with the card's choices."""
-    return EPNDC(load_denoiser(dataset), SIGMA, DIGITS_GRID)
+def load(
+    dataset: str,
+    *,
+    denoiser: str = "",
+    sigma: float = SIGMA,
+    votes: int = VOTES.draws,
+    weighting: Weighting = EPNDC.own_weighting,
+    levels: int = DIGITS_GRID.levels,
+    highest: float = DIGITS_GRID.highest,
+    spacing: Spacing = DIGITS_GRID.spacing,
+    samples: int = 1,
+    keep: int = 0,
+    every: int = EVERY,
+) -> EPNDC:
+    """EPNDC with the card's choices.
+
+    Args:
+        dataset: digits, or with a `denoiser` cifar10 too.
+        denoiser: a class-conditional one, see `assay.defenses.denoiser_sources`; empty for the packaged one.
+        sigma: the smoothing noise's standard deviation in pixel units.
+        votes: draws of the majority.
+        weighting: kl or training, see `exact_levels`.
+        levels, highest, spacing: the steps up from τ, in [−1, 1] units; spacing is linear or log.
+        samples: noise samples a level.
+        keep, every: sift-and-refine, see `Sift`; without it where keep is 0.
+
+    Raises:
+        InputError: for a denoiser that can't be used, or a number or a name outside its range.
+    """
+    grid, sift = noised_grid(sigma, levels, highest, spacing), sifting(keep, every)
+    defense = EPNDC(load_denoiser(dataset, denoiser), sigma, grid, weighting, samples=samples, sift=sift)
+    usual = (SIGMA, VOTES.draws, EPNDC.own_weighting, DIGITS_GRID, 1, None)
+    if denoiser or (sigma, votes, weighting, grid, samples, sift) != usual:
+        summary = "compares how well a class-conditional diffusion explains it under each class"
+        defense.card = described_noised(defense, CARD.model_copy(update={"summary": summary}), votes, denoiser)
+    return defense
 
 
-SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files)
+SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",))

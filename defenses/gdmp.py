@@ -7,7 +7,8 @@ image and the input, which is noised to the same level anew:
 
 The gradient of the squared distance is a closed form, so no network is differentiated. On digits:
 the denoiser of `diffpure` and the undefended classifier; level, rounds, steps and scale were chosen
-on training images, which the weights have seen too, never on a board's.
+on training images, which the weights have seen too, never on a board's. With the option `denoiser` it
+runs on what a user brings, on digits or cifar10.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from torch import Tensor
 from assay.card import Card, Traits
 from assay.data import describe
 from assay.defense import DefenseSpec
-from assay.defenses.checkpoints import load_packaged, packaged
-from assay.defenses.denoiser import UNetDenoiser, encode, small_unet
+from assay.defenses.checkpoints import packaged
+from assay.defenses.denoiser import encode
 from assay.defenses.diffpure import DENOISER, DiffPure, weight_files
 from assay.defenses.guidance import GuidedPurifier
 from assay.defenses.purifier import posterior
 from assay.defenses.undefended import DIGITS as CLASSIFIER
 from assay.defenses.undefended import load_network
+from assay.defenses.variants import check_scale, counted, unet_or_taken, with_files, with_purifier
 from assay.noise import Noise
 
 LEVEL = 100
@@ -44,6 +46,10 @@ class TowardsInput(GuidedPurifier):
     """
 
     scale: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_scale("scale", self.scale)
 
     def mean(
         self, z: Tensor, kept: tuple[Tensor, ...], x: Tensor, sigma: float, lower: float, noise: Noise
@@ -79,12 +85,46 @@ CARD = Card(
 )
 
 
-def load(dataset: str) -> DiffPure:
-    """GDMP before the undefended classifier."""
-    denoiser = UNetDenoiser(small_unet())
-    load_packaged(denoiser, DENOISER)
-    purifier = TowardsInput(denoiser, LEVEL, STEPS, ROUNDS, scale=SCALE)
-    return DiffPure(purifier, load_network(dataset), describe(dataset).n_classes, CARD)
+def load(
+    dataset: str,
+    *,
+    denoiser: str = "",
+    level: int = LEVEL,
+    steps: int = STEPS,
+    rounds: int = ROUNDS,
+    scale: float = SCALE,
+) -> DiffPure:
+    """GDMP before the undefended classifier.
+
+    Args:
+        dataset: digits, or with a `denoiser` cifar10 too.
+        denoiser: see `assay.defenses.denoiser_sources`; empty for the packaged one.
+        level: t*, in levels of the denoiser's schedule.
+        steps: reverse steps of a round.
+        rounds: times that the image is diffused and denoised.
+        scale: s; 0 leaves the guidance out.
+
+    Raises:
+        InputError: for a denoiser that can't be used, or a number outside its range.
+    """
+    network = unet_or_taken(denoiser, dataset, DENOISER)
+    purifier = TowardsInput(network, level, steps, rounds, scale=scale)
+    process = purifier.chain()  # refuses what can't run, before anything does
+    card = CARD
+    if denoiser or (level, steps, rounds, scale) != (LEVEL, STEPS, ROUNDS, SCALE):
+        times = f", {rounds} times" if rounds > 1 else ""
+        card = with_files(
+            with_purifier(CARD, process),
+            weight_files(dataset, denoiser=denoiser),
+            summary=f"Diffuses the image to t* = {level} and takes {counted(steps, 'step')} back{times}, each but a "
+            "round's last guided towards the input; then classifies.",
+            choices=(
+                CARD.choices[0],
+                f"t* = {level} and {counted(rounds, 'round')} of {counted(steps, 'respaced step')}",
+                f"the scale is s·σ with s = {scale:g} for a distance summed over pixels in [−1, 1]",
+            ),
+        )
+    return DiffPure(purifier, load_network(dataset), describe(dataset).n_classes, card)
 
 
-SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files)
+SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",))

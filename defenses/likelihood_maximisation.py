@@ -7,7 +7,8 @@ Within an linf ball around the input, a few gradient steps decrease the diffusio
 whose negative bounds the log-likelihood from below; each step draws one level and one noise. The
 result goes to the undefended classifier. A step follows the gradient over its root mean square, not
 its sign, so that the process has useful derivatives; the projection to the ball is a clamp to
-x ± η, whose gradient goes to x where it binds.
+x ± η, whose gradient goes to x where it binds. With the option `denoiser` it runs on what a user
+brings, on digits or cifar10.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from assay.card import Card, Traits
 from assay.chain import Chain, State, inner_gradient
 from assay.data import describe
 from assay.defense import DefenseSpec
-from assay.defenses.checkpoints import load_packaged, packaged
-from assay.defenses.denoiser import Denoiser, UNetDenoiser, check_sigmas, decode, encode, small_unet
+from assay.defenses.checkpoints import packaged
+from assay.defenses.denoiser import Denoiser, check_sigmas, decode, encode
 from assay.defenses.diffpure import DENOISER, DiffPure, weight_files
 from assay.defenses.schedule import column
 from assay.defenses.undefended import DIGITS as CLASSIFIER
 from assay.defenses.undefended import load_network
+from assay.defenses.variants import counted, unet_or_taken, with_files, with_purifier
 from assay.errors import InputError
 from assay.noise import Noise
 
@@ -87,10 +89,19 @@ class LikelihoodMaximiser:
         """The process: pixels `(n, c, h, w)` in [0, 1] to pixels at most `radius` from them.
 
         Raises:
-            InputError: for fewer than one step, or levels that the denoiser was not made for.
+            InputError: for fewer than one step, a length that is not above 0, or levels that don't rise
+                or that the denoiser was not made for.
         """
         if self.steps < 1:
             raise InputError(f"likelihood maximisation takes at least 1 step, got {self.steps}.")
+        if not (self.step_size > 0 and self.radius > 0):
+            raise InputError(
+                f"likelihood maximisation needs a step and a radius above 0, got {self.step_size:g} and "
+                f"{self.radius:g}."
+            )
+        low, high = self.sigmas
+        if not 0 < low <= high:
+            raise InputError(f"noise levels are drawn between 0 < lowest <= highest, got {low:g} and {high:g}.")
         check_sigmas(self.denoiser, self.sigmas, "likelihood maximisation")
         return Chain(lambda x, noise: encode(x), [self.step] * self.steps, self.readout, self.steps)
 
@@ -121,12 +132,47 @@ CARD = Card(
 )
 
 
-def load(dataset: str) -> DiffPure:
-    """Likelihood maximisation before the undefended classifier."""
-    denoiser = UNetDenoiser(small_unet())
-    load_packaged(denoiser, DENOISER)
-    purifier = LikelihoodMaximiser(denoiser, STEPS, STEP_SIZE, RADIUS, SIGMAS)
-    return DiffPure(purifier, load_network(dataset), describe(dataset).n_classes, CARD)
+def load(
+    dataset: str,
+    *,
+    denoiser: str = "",
+    steps: int = STEPS,
+    step_size: float = STEP_SIZE,
+    radius: float = RADIUS,
+    lowest: float = SIGMAS[0],
+    highest: float = SIGMAS[1],
+) -> DiffPure:
+    """Likelihood maximisation before the undefended classifier.
+
+    Args:
+        dataset: digits, or with a `denoiser` cifar10 too.
+        denoiser: see `assay.defenses.denoiser_sources`; empty for the packaged one.
+        steps: gradient steps.
+        step_size: the root mean square of a step, in pixel units.
+        radius: η, in pixel units.
+        lowest, highest: the range of noise levels, in [−1, 1] units.
+
+    Raises:
+        InputError: for a denoiser that can't be used, or a number outside its range.
+    """
+    network = unet_or_taken(denoiser, dataset, DENOISER)
+    purifier = LikelihoodMaximiser(network, steps, step_size, radius, (lowest, highest))
+    process = purifier.chain()  # refuses what can't run, before anything does
+    card = CARD
+    if denoiser or (steps, step_size, radius, lowest, highest) != (STEPS, STEP_SIZE, RADIUS, *SIGMAS):
+        taken = counted(steps, "gradient step")
+        card = with_files(
+            with_purifier(CARD, process),
+            weight_files(dataset, denoiser=denoiser),
+            summary=f"Takes {taken} down the diffusion loss, at most {radius:g} (linf) away, then classifies.",
+            choices=(
+                CARD.choices[0],
+                f"{taken} of {step_size:g} (root mean square, in pixels) within linf {radius:g}; one σ and one ε a "
+                f"step, σ uniform from {lowest:g} to {highest:g} in [-1, 1] units",
+                *CARD.choices[2:],
+            ),
+        )
+    return DiffPure(purifier, load_network(dataset), describe(dataset).n_classes, card)
 
 
-SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files)
+SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",))

@@ -17,9 +17,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from assay.card import Card, Votes
-from assay.defenses.class_errors import Grid, Sift, Weighting
+from assay.defenses.class_errors import Grid, Sift, Spacing, Weighting
 from assay.defenses.denoiser import Denoiser, encode
-from assay.defenses.diffusion_classifier import DiffusionClassifier
+from assay.defenses.diffusion_classifier import DiffusionClassifier, described
+from assay.defenses.variants import answers_from, counted, with_votes
 from assay.errors import InputError
 from assay.noise import Noise
 
@@ -68,7 +69,7 @@ class NoisedDiffusionClassifier(DiffusionClassifier):
         super().__init__(
             denoiser,
             grid,
-            weighting or self.own_weighting,
+            self.own_weighting if weighting is None else weighting,
             samples=samples,
             sift=sift,
             rows=rows,
@@ -90,3 +91,34 @@ class NoisedDiffusionClassifier(DiffusionClassifier):
     def components(self) -> dict[str, Callable[[Tensor, Noise], Tensor]]:
         """`base`: the classifier without the smoothing noise, told that the image has it."""
         return {"base": lambda x, noise: self.comparison(self.grid).everything(*self.given(encode(x)), noise)}
+
+
+def noised_grid(sigma: float, levels: int, highest: float, spacing: Spacing) -> Grid:
+    """The levels of an image that has the smoothing noise already.
+
+    Raises:
+        InputError: for a smoothing noise that isn't below the highest level, and as `Grid` does.
+    """
+    if not 0 < 2 * sigma < highest:
+        raise InputError(
+            f"the noise levels rise from τ = 2·sigma: expected 0 < 2·sigma < highest = {highest:g}, "
+            f"got sigma = {sigma:g}."
+        )
+    return Grid(2 * sigma, highest, levels, spacing)
+
+
+def described_noised(defense: NoisedDiffusionClassifier, card: Card, votes: int, source: str = "") -> Card:
+    """The card of a noised diffusion classifier with other options; see `described`.
+
+    Args:
+        card: the registry's, with what is the subclass's own; the summary gets the noise and the votes.
+
+    Raises:
+        InputError: for fewer than one vote.
+    """
+    sigma = defense.tau / 2
+    changes = {"summary": f"Noises the image (σ = {sigma:g}), {card.summary}; {answers_from(votes)}."}
+    if sigma != SIGMA:
+        changes["title"] = card.title.partition(" (")[0]
+    changed = with_votes(card.model_copy(update=changes), votes)
+    return described(defense, changed, source, (f"{counted(votes, 'vote')} for a prediction",))

@@ -30,6 +30,7 @@ from assay.defenses.networks import DigitsCNN
 from assay.defenses.purifier import posterior
 from assay.defenses.undefended import DIGITS as CLASSIFIER
 from assay.defenses.undefended import load_network
+from assay.defenses.variants import check_scale, counted, with_purifier, with_traits, without_handle
 from assay.noise import Noise
 
 GUIDE = "digits/guide.safetensors"
@@ -71,6 +72,11 @@ class TowardsFeatures(GuidedPurifier):
     label_scale: float
     distance_scale: float
     temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_scale("label_scale", self.label_scale)
+        check_scale("distance_scale", self.distance_scale)
 
     @property
     def network_calls(self) -> int:
@@ -150,15 +156,55 @@ def weight_files(dataset: str) -> dict[str, Path]:
     return {**diffpure.weight_files(dataset), GUIDE: WEIGHTS / GUIDE}
 
 
-def load(dataset: str) -> RobustGuidance:
-    """Robust guidance before the undefended classifier."""
+def load(
+    dataset: str,
+    *,
+    level: int = LEVEL,
+    steps: int = STEPS,
+    label_scale: float = LABEL_SCALE,
+    distance_scale: float = DISTANCE_SCALE,
+) -> RobustGuidance:
+    """Robust guidance before the undefended classifier.
+
+    Args:
+        dataset: digits, the only one with a guide.
+        level: t*, in levels of the linear schedule.
+        steps: reverse steps; the last one is not guided.
+        label_scale: s·a; 0 leaves the label out.
+        distance_scale: s·b; 0 leaves the distance out.
+
+    Raises:
+        InputError: for a number outside its range.
+    """
     denoiser, network = UNetDenoiser(small_unet()), DigitsCNN()
     load_packaged(denoiser, DENOISER)
     load_packaged(network, GUIDE)
     purifier = TowardsFeatures(
-        denoiser, LEVEL, STEPS, guide=Guide(network), label_scale=LABEL_SCALE, distance_scale=DISTANCE_SCALE
+        denoiser, level, steps, guide=Guide(network), label_scale=label_scale, distance_scale=distance_scale
     )
-    return RobustGuidance(purifier, load_network(dataset), describe(dataset).n_classes)
+    process = purifier.chain()  # refuses what can't run, before anything does
+    card = CARD
+    if (level, steps, label_scale, distance_scale) != (LEVEL, STEPS, LABEL_SCALE, DISTANCE_SCALE):
+        summary = (
+            f"Diffuses the image to t* = {level} of 1000 and takes {counted(steps, 'step')} back, each but the last "
+            "guided by the label and the features that an adversarially trained network finds in the input; then "
+            "classifies with the undefended network."
+        )
+        choices = (
+            CARD.choices[0],
+            f"scales {label_scale:g} and {distance_scale:g}, the distance summed over 1024 penultimate features",
+            CARD.choices[2],
+            f"t* = {level}; {counted(steps, 'ancestral step')} on a respaced grid, the last of which has no variance",
+            *CARD.choices[4:6],
+        )
+        # A single step is the last one: there is no guidance then.
+        guided = with_traits(with_purifier(CARD, process), inner_gradient=steps > 1)
+        card = guided.model_copy(update={"summary": summary, "choices": choices})
+        if steps > 1 and label_scale > 0:
+            card = card.model_copy(update={"choices": (*choices, CARD.choices[6])})
+        else:
+            card = without_handle(card, "relaxed")  # the label does nothing, soft or not
+    return RobustGuidance(purifier, load_network(dataset), describe(dataset).n_classes, card)
 
 
 SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files)

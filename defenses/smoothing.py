@@ -17,6 +17,7 @@ from assay.data import describe
 from assay.defense import Defense, DefenseSpec
 from assay.defenses.checkpoints import WEIGHTS, load_packaged, packaged
 from assay.defenses.networks import DigitsCNN
+from assay.defenses.variants import answers_from, with_votes
 from assay.noise import Noise
 
 DIGITS = "digits/smoothing.safetensors"
@@ -71,11 +72,23 @@ def weight_files(dataset: str) -> dict[str, Path]:
     return {DIGITS: WEIGHTS / DIGITS}
 
 
-def load(dataset: str) -> Smoothing:
-    """The smoothed classifier."""
+def load(dataset: str, *, votes: int = CARD.votes.draws) -> Smoothing:
+    """The smoothed classifier, under the noise that it was trained with.
+
+    Args:
+        dataset: digits.
+        votes: draws of the majority.
+
+    Raises:
+        InputError: for fewer than one vote.
+    """
     network = DigitsCNN()
     load_packaged(network, DIGITS)
-    return Smoothing(network, SIGMA, describe(dataset).n_classes)
+    card = CARD
+    if votes != CARD.votes.draws:
+        summary = f"A noise-trained CNN, given noise of {SIGMA:g} in every draw; {answers_from(votes)}."
+        card = with_votes(CARD, votes).model_copy(update={"summary": summary})
+    return Smoothing(network, SIGMA, describe(dataset).n_classes, card)
 
 
 SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files)

@@ -1,4 +1,4 @@
-"""Cards of a defense with other options than the registry's: what a card says stays true of what was built."""
+"""What defenses with options share: cards that stay true of what was built, and the denoiser that a user brings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from assay.card import Card, Votes
+from assay.chain import Chain
+from assay.defenses.checkpoints import load_packaged
+from assay.defenses.denoiser import Denoiser, UNetDenoiser, small_unet
+from assay.defenses.denoiser_sources import take_denoiser
 from assay.digest import sha256_of_file
 from assay.errors import InputError
 
@@ -31,3 +35,54 @@ def with_votes(card: Card, draws: int) -> Card:
         if card.votes.how == "majority":
             changes["traits"] = card.traits.model_copy(update={"non_differentiable": False})
     return card.model_copy(update=changes)
+
+
+def with_traits(card: Card, **traits: bool) -> Card:
+    """The card with some traits set."""
+    return card.model_copy(update={"traits": card.traits.model_copy(update=traits)})
+
+
+def without_handle(card: Card, handle: str) -> Card:
+    """The card without one of its handles."""
+    return card.model_copy(update={"handles": tuple(other for other in card.handles if other != handle)})
+
+
+def with_purifier(card: Card, process: Chain) -> Card:
+    """The card with another purification before its classifier: one step is no process of several."""
+    calls = process.network_calls + 1
+    # The chain runs every part again in its backward pass.
+    changed = card.model_copy(update={"network_calls": calls, "gradient_calls": 2 * calls})
+    return with_traits(changed, iterative=len(process) > 1)
+
+
+def answers_from(votes: int) -> str:
+    """How a majority answers, for a summary."""
+    return "answers from one such draw" if votes == 1 else f"answers by a majority of {votes} such draws"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, in the plural where it needs one."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def check_scale(name: str, value: float) -> None:
+    """Refuses a guidance that would push the wrong way.
+
+    Raises:
+        InputError: for a negative scale.
+    """
+    if not value >= 0:
+        raise InputError(f"{name} must be at least 0 (0 leaves the guidance out), got {value:g}.")
+
+
+def unet_or_taken(source: str, dataset: str, packaged: str) -> Denoiser:
+    """The denoiser that a user brings; for an empty source the packaged U-Net of the digits boards.
+
+    Raises:
+        InputError: for a source that can't be used, see `take_denoiser`.
+    """
+    if source:
+        return take_denoiser(source, dataset)
+    denoiser = UNetDenoiser(small_unet())
+    load_packaged(denoiser, packaged)
+    return denoiser

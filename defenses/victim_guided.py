@@ -7,7 +7,8 @@ the victim, towards a label ŷ. In `x = x_0 + σ·ε` form every step predicts
 
 which is `ε̃ = ε − s·√(1−ᾱ_t)·∇_{x_t} log p_f(ŷ | ·)`, and takes an ancestral step; f then classifies. Which ŷ and
 where f is evaluated the abstract does not say; both are options here. The default was chosen by clean
-accuracy, and by accuracy under a short exact attack, on training images, which the weights have seen too.
+accuracy, and by accuracy under a short exact attack, on training images, which the weights have seen too. With
+the option `denoiser` it runs on what a user brings, on digits or cifar10.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from assay.card import Card, Traits
 from assay.chain import Chain, inner_gradient
 from assay.data import describe
 from assay.defense import DefenseSpec
-from assay.defenses.checkpoints import load_packaged, packaged
-from assay.defenses.denoiser import UNetDenoiser, decode, small_unet
+from assay.defenses.checkpoints import packaged
+from assay.defenses.denoiser import decode
 from assay.defenses.diffpure import DENOISER, DiffPure, weight_files
 from assay.defenses.guidance import TEMPERATURE, GuidedPurifier, gradient_through, label_log_probability, label_weights
 from assay.defenses.purifier import posterior
 from assay.defenses.undefended import DIGITS as CLASSIFIER
 from assay.defenses.undefended import load_network
+from assay.defenses.variants import check_scale, counted, unet_or_taken, with_files, with_purifier, without_handle
 from assay.errors import InputError
 from assay.noise import Noise
 
@@ -70,6 +72,7 @@ class TowardsLabel(GuidedPurifier):
                 f"target must be one of {', '.join(get_args(LabelOf))} and at one of {', '.join(get_args(Where))}, "
                 f"got {self.target!r} and {self.at!r}."
             )
+        check_scale("scale", self.scale)
 
     @property
     def network_calls(self) -> int:
@@ -152,12 +155,63 @@ class VictimGuided(DiffPure):
         return self.before_classifier(replace(self.purifier, temperature=TEMPERATURE).chain())
 
 
-def load(dataset: str) -> VictimGuided:
-    """Victim guidance before, and by, the undefended classifier."""
-    denoiser, victim = UNetDenoiser(small_unet()), load_network(dataset)
-    load_packaged(denoiser, DENOISER)
-    purifier = TowardsLabel(denoiser, LEVEL, STEPS, victim=victim, scale=SCALE, target=TARGET, at=AT)
-    return VictimGuided(purifier, victim, describe(dataset).n_classes, CARD)
+def load(
+    dataset: str,
+    *,
+    denoiser: str = "",
+    level: int = LEVEL,
+    steps: int = STEPS,
+    rounds: int = 1,
+    scale: float = SCALE,
+    target: LabelOf = TARGET,
+    at: Where = AT,
+) -> VictimGuided:
+    """Victim guidance before, and by, the undefended classifier.
+
+    Args:
+        dataset: digits, or with a `denoiser` cifar10 too.
+        denoiser: see `assay.defenses.denoiser_sources`; empty for the packaged one.
+        level: t*, in levels of the denoiser's schedule.
+        steps: reverse steps of a round.
+        rounds: times that the image is diffused and denoised.
+        scale, target, at: see `TowardsLabel`.
+
+    Raises:
+        InputError: for a denoiser that can't be used, or a number or a name outside its range.
+    """
+    network, victim = unet_or_taken(denoiser, dataset, DENOISER), load_network(dataset)
+    purifier = TowardsLabel(network, level, steps, rounds, victim=victim, scale=scale, target=target, at=at)
+    purifier.chain()  # refuses what can't run, before anything does
+    card = CARD
+    if denoiser or (level, steps, rounds, scale, target, at) != (LEVEL, STEPS, 1, SCALE, TARGET, AT):
+        card = with_files(_described(purifier), weight_files(dataset, denoiser=denoiser))
+    return VictimGuided(purifier, victim, describe(dataset).n_classes, card)
 
 
-SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files)
+def _described(purifier: TowardsLabel) -> Card:
+    """The card of another guidance."""
+    label = {
+        "hard": "the label that the classifier gives to the input",
+        "soft": "the probabilities that the classifier gives to the input",
+        "x0": "the label that the classifier gives to the image predicted at that step",
+    }[purifier.target]
+    where = {"x_t": "the noised image", "x0hat": "the predicted image"}[purifier.at]
+    taken, times = counted(purifier.steps, "step"), f", {purifier.rounds} times" if purifier.rounds > 1 else ""
+    summary = (
+        f"Diffuses the image to t* = {purifier.level} and takes {taken} back{times}, each guided towards {label}; "
+        "then classifies."
+    )
+    # Probabilities are no discrete choice: nothing is left to soften. Neither is it without guidance.
+    relaxed = purifier.target != "soft" and purifier.scale > 0
+    choices = (
+        CARD.choices[0],
+        f"the label is {label}, and log p is taken of {where}",
+        f"s = {purifier.scale:g}, t* = {purifier.level}, {counted(purifier.rounds, 'round')} of "
+        f"{counted(purifier.steps, 'ancestral step')} on a respaced grid, which leaves s alone",
+        *CARD.choices[3 : 5 if relaxed else 4],
+    )
+    card = with_purifier(CARD, purifier.chain()).model_copy(update={"summary": summary, "choices": choices})
+    return card if relaxed else without_handle(card, "relaxed")
+
+
+SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",))

@@ -414,7 +414,8 @@ def test_the_calibrators_are_known_broken_and_nothing_else() -> None:
 
 
 def test_every_registered_defense_stands_in_this_suite() -> None:
-    assert set(DEFENSES) == set(NETWORKS)
+    # Other test modules register a toy for as long as the session lasts.
+    assert set(DEFENSES) - {"toy-source"} == set(NETWORKS)
 
 
 def test_saturated_logits_leave_the_cross_entropy_no_gradient(

@@ -19,7 +19,7 @@ from assay import data
 from assay.card import Card, Traits
 from assay.cli import main
 from assay.defense import Defense, DefenseSpec, read_options
-from assay.defenses import adp, denoised_smoothing, diffpure
+from assay.defenses import adp, denoised_smoothing, diffpure, gdmp, likelihood_maximisation, victim_guided
 from assay.digest import sha256_of_file, sha256_of_json
 from assay.display import default_folder
 from assay.errors import InputError
@@ -401,9 +401,21 @@ def test_what_a_defense_can_not_do_is_refused(spec: DefenseSpec, options: dict[s
 
 
 @pytest.mark.skipif(not FFDNET.is_file(), reason="ASSAY_DATA names no folder with cifar10 and denoisers/")
-@pytest.mark.parametrize("spec", [diffpure.SPEC, denoised_smoothing.SPEC, adp.SPEC], ids=lambda spec: spec.card.name)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        diffpure.SPEC,
+        denoised_smoothing.SPEC,
+        adp.SPEC,
+        gdmp.SPEC,
+        victim_guided.SPEC,
+        likelihood_maximisation.SPEC,
+    ],
+    ids=lambda spec: spec.card.name,
+)
 def test_a_brought_denoiser_runs_on_cifar10(spec: DefenseSpec) -> None:
-    given = {"denoiser": str(FFDNET), "steps": "2", "votes": "2", "sigma": "0.1", "level": "50"}
+    given = {"denoiser": str(FFDNET), "steps": "2", "votes": "2", "sigma": "0.1", "level": "50", "rounds": "1"}
+    given |= {"step_size": "0.01", "radius": "0.03", "lowest": "0.1", "highest": "0.3"}
     options = {name: text for name, text in given.items() if name in spec.options}
     defense = spec.build("cifar10", options=options)
     assert defense.card.weights.keys() == {"denoiser/ffdnet_net_rgb.pth", "pyautoattack/model_test.pt"}
