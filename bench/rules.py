@@ -124,7 +124,7 @@ RULES_2026_1 = (
     ),
     Rule(
         "pgd", "pgd", "pgd", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "eot": 8}, {"steps": 30, "eot": 20}, fixed={"loss": "ce"}),
+        _budget({"steps": 15, "eot": 8}, {"steps": 20, "eot": 20}, fixed={"loss": "ce"}),
     ),
     Rule(
         "through_chain", "through_chain", "chain", "iterative", "the exact gradient through every step, margin loss",
@@ -160,7 +160,7 @@ RULES_2026_1 = (
     ),
     Rule(
         "step_losses", "step_losses", "step-losses", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "eot": 8}, {"steps": 50, "eot": 20}), handles=("chain",),
+        _budget({"steps": 15, "eot": 8}, {"steps": 30, "eot": 20}), handles=("chain",),
     ),
     Rule(
         "diffhammer", "diffhammer", "diffhammer", "purifies+stochastic", "attacks the draws that can fall (DiffHammer)",
@@ -174,7 +174,7 @@ RULES_2026_1 = (
     ),
     Rule(
         "apgd-t", "apgd", "apgd", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "targets": 1, "eot": 8}, {"steps": 30, "targets": 1, "eot": 20},
+        _budget({"steps": 15, "targets": 1, "eot": 8}, {"steps": 20, "targets": 1, "eot": 20},
                 fixed={"loss": "dlr-targeted"}),
         min_classes=4,
     ),

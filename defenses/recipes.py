@@ -48,7 +48,7 @@ HEADS_RANGE = (0.02, 6.0)
 
 def digits_heads() -> EDMDenoiser:
     """The class-conditional model of the digits boards: one head a class and one without a class."""
-    return EDMDenoiser(small_unet((24, 24), outputs=11), n_classes=10, sigma_range=HEADS_RANGE)
+    return EDMDenoiser(small_unet(outputs=11), n_classes=10, sigma_range=HEADS_RANGE)
 
 
 def digits_score() -> ScoreDenoiser:
@@ -192,7 +192,7 @@ DIGITS: dict[str, Recipe] = {
         digits_heads,
         partial(fit_heads, ema=0.999, mean=-0.6, std=1.2),
         noise_error,
-        {"epochs": 700, "ema": 0.999, "mean": -0.6, "std": 1.2, "range": list(HEADS_RANGE)},
+        {"epochs": 800, "ema": 0.999, "mean": -0.6, "std": 1.2, "range": list(HEADS_RANGE)},
     ),
     "score": Recipe(
         digits_score,

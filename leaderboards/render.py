@@ -33,7 +33,7 @@ SUFFIXES = (".csv", ".html", ".md")
 
 FAMILY_MEANING: dict[Family, str] = {
     "noise": "uniformly random points of the ball: what any attack must beat",
-    "transfer": "adversarial examples made on other networks (the board's undefended one, a purifier's classifier)",
+    "transfer": "adversarial examples made on the board's undefended network, or on a part of the defense alone",
     "pgd": "projected gradient ascent from a random start",
     "apgd": "APGD, projected ascent that sets its own step size, on the cross-entropy and on targeted margins",
     "autoattack": "the authors' own AutoAttack, standard version",
@@ -260,6 +260,7 @@ def _environment(**options: Any) -> Environment:
     environment.filters |= {
         "percent": percent, "compact": compact, "minutes": minutes, "flags": flags, "figure": "{:.4g}".format,
         "web_address": web_address, "relative": _relative, "short": lambda digest: digest[:12],
+        "sentence": lambda text: text[:1].upper() + text[1:],
     }  # fmt: skip
     environment.globals |= {
         "FAMILY_MEANING": FAMILY_MEANING, "VERDICT_MEANING": VERDICT_MEANING, "MARK": MARK, "MISSING": MISSING,
@@ -275,7 +276,7 @@ def _html_environment() -> Environment:
     # The page's policy allows this one style sheet and nothing else.
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     environment.globals |= {"style": Markup(style), "style_digest": digest}
-    environment.filters |= {"pixels": pixels, "breakable": breakable, "sentence": lambda t: t[:1].upper() + t[1:]}
+    environment.filters |= {"pixels": pixels, "breakable": breakable}
     return environment
 
 

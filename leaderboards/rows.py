@@ -83,6 +83,17 @@ class Table:
         """The rows of a group, best first."""
         return tuple(row for row in self.rows if row.group == name)
 
+    def shared(self, name: Group) -> tuple[str, ...]:
+        """Why none of a group's rows is ranked, where all share the reason: said once, not in every row."""
+        rows = self.group(name)
+        return (
+            tuple(reason for reason in rows[0].why if all(reason in row.why for row in rows)) if len(rows) > 1 else ()
+        )
+
+    def why(self, row: Row) -> tuple[str, ...]:
+        """A row's reasons beyond those that its whole group shares."""
+        return tuple(reason for reason in row.why if reason not in self.shared(row.group))
+
 
 @dataclass(frozen=True)
 class Incomparable:
