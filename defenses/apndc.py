@@ -5,8 +5,7 @@ compares the classes on x̂_0 with new noise of the levels from τ up:
 `logit_y = −Σ_i w_i · E‖D(x̂_0 + σ_i·ε, σ_i, y) − x̂_0‖²`.
 
 The variant `renoise="noised"` adds noise to x_τ itself, `x_i = x_τ + ε·√(σ_i²−τ²)`, and still compares
-with x̂_0; nothing is then purified before the classifier, so it offers no `stages` and needs a card
-that says so.
+with x̂_0; nothing is then purified before the classifier, so it offers no `stages`, and its card says so.
 """
 
 from __future__ import annotations
