@@ -50,6 +50,8 @@ NOISE = 0.25
 LEVEL = 0.5
 """The σ at which the score is read, in [−1, 1] units: that of the injected noise."""
 STEPS = 4
+RATE = 0.05
+"""λ, the paper's."""
 RUNS = 8
 THREAT = "cifar10 linf 8/255"
 
@@ -95,7 +97,7 @@ class AdaptivePurifier:
     steps: int
     randomized: bool = True
     noise: float = NOISE
-    rate: float = 0.05
+    rate: float = RATE
     eta: float = 1e-3
     bounds: tuple[float, float] = (1e-5, 0.1)
     stop: float = 1e-3
@@ -129,8 +131,8 @@ class AdaptivePurifier:
         Raises:
             InputError: for fewer than one step, or a level that the denoiser was not made for.
         """
-        if self.steps < 1:
-            raise InputError(f"a purifier takes at least 1 step, got {self.steps}.")
+        if self.steps < 1 or not self.rate > 0:
+            raise InputError(f"a purifier takes at least 1 step and a rate above 0, got {self.steps} and {self.rate}.")
         check_sigmas(self.denoiser, [self.level], "the score's level")
         return Chain(self.start, [self.step] * self.steps, network_calls=2 * self.steps)
 
@@ -206,6 +208,7 @@ def load(
     randomized: bool = True,
     sigma: float = NOISE,
     steps: int = STEPS,
+    rate: float = RATE,
     votes: int = RUNS,
     average: str = "logits",
 ) -> AdaptivePurification:
@@ -217,6 +220,8 @@ def load(
         randomized: False leaves the noise out; such a purifier answers from one run.
         sigma: the injected noise's standard deviation in pixel units; the score is read at its level.
         steps: at most.
+        rate: λ. A Gaussian denoiser of one level has a score of slope −1/σ², so that a step removes about
+            this share of the noise; at the paper's .05 most of it is still there after ten.
         votes: runs that are averaged.
         average: what is averaged: logits, probabilities or majority.
 
@@ -229,10 +234,10 @@ def load(
     else:
         network = digits_score()
         load_packaged(network, SCORE)
-    purifier = AdaptivePurifier(network, 2 * sigma, steps, randomized, sigma)
+    purifier = AdaptivePurifier(network, 2 * sigma, steps, randomized, sigma, rate)
     purifier.chain()  # refuses what can't run, before anything does
     card = CARD
-    if (denoiser, randomized, sigma, steps, votes, average) != ("", True, NOISE, STEPS, RUNS, "logits"):
+    if (denoiser, randomized, sigma, steps, rate, votes, average) != ("", True, NOISE, STEPS, RATE, RUNS, "logits"):
         files = weight_files(dataset, denoiser=denoiser)
         card = with_files(_averaging(average, votes, randomized), files, **_described(purifier))
     return AdaptivePurification(purifier, load_network(dataset), describe(dataset).n_classes, card)
@@ -251,7 +256,10 @@ def _described(purifier: AdaptivePurifier) -> dict[str, Any]:
     noise = f"Noise of {purifier.noise:g}, then" if purifier.randomized else "No noise;"
     return {
         "summary": f"{noise} {purifier.steps} adaptive steps up a score, before the undefended classifier.",
-        "choices": (f"the score is read at σ = {purifier.level:g} in [-1, 1] units", *CARD.choices[2:]),
+        "choices": (
+            f"the score is read at σ = {purifier.level:g} in [-1, 1] units, λ = {purifier.rate:g}",
+            *CARD.choices[2:],
+        ),
         "network_calls": 2 * purifier.steps + 1,
         "gradient_calls": 2 * (2 * purifier.steps + 1),
     }

@@ -386,12 +386,24 @@ def test_adp_s_card_follows_its_options() -> None:
     assert spec.build("digits").card == spec.card
 
 
+def test_adp_s_rate_is_the_share_of_a_newton_step() -> None:
+    x, _ = data.load("digits", data.train_split("digits")[:8])
+    noise = Noise.from_seed(0, 8)
+    slow, fast = (adp.load("digits", rate=rate, steps=1).purifier for rate in (0.05, 0.2))
+    with torch.no_grad():
+        start = slow.start(x, noise)
+        moves = [(purifier.step(start, x, noise) - start).flatten(1).norm(dim=1) for purifier in (slow, fast)]
+    assert (moves[1] > 1.5 * moves[0]).any()
+    assert (moves[1] >= moves[0]).all()
+
+
 @pytest.mark.parametrize(
     ("spec", "options", "says"),
     [
         (denoised_smoothing.SPEC, {"votes": "0"}, "at least 1 vote"),
         (denoised_smoothing.SPEC, {"sigma": "-1"}, "a noise of -1"),
         (adp.SPEC, {"steps": "0"}, "at least 1 step"),
+        (adp.SPEC, {"rate": "0"}, "a rate above 0"),
         (adp.SPEC, {"sigma": "9"}, "needs σ = 18"),
     ],
 )
