@@ -20,9 +20,11 @@ White box:
 White box, through a defense's handles:
 
 * `assay.attacks.bpda`: the real purifier forward, the identity backward.
-* `assay.attacks.through_chain`: the exact gradient of an iterated defense.
+* `assay.attacks.through_chain`: the exact gradient of an iterated defense; first-order and relaxed ones too.
+* `assay.attacks.step_losses`: a loss at every step of an iterated defense, beside the classification loss.
+* `assay.attacks.diffhammer`: the gradient of the draws that can be broken together.
 * `assay.attacks.surrogate`: the gradient of the same process with fewer steps.
-* `assay.attacks.transfer`: white box on another model, or on the classifier behind a purifier.
+* `assay.attacks.transfer`: white box on another model, or on a defense's own parts.
 
 An attack reports candidates; whether one counts is for the harness to decide. Importing this
 package imports no torch.

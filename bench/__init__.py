@@ -7,8 +7,8 @@ The project in the order that makes it readable:
 * `assay.noise`: randomness as an argument; a stochastic defense is a function of `(x, noise)`.
 * `assay.chain`: long differentiable processes with exact gradients in the memory of one step.
 * `assay.card` and `assay.defense`: what an author declares, and the defense itself.
-* `assay.attack`: the signature of an attack, and the counting `Target` that it sees.
-* `assay.board` and `assay.protocol`: which samples, which threat, which attacks are mandatory.
+* `assay.attack` and `assay.target`: the signature of an attack, and the counting `Target` that it sees.
+* `assay.board`, `assay.rules` and `assay.protocol`: which samples, which threat, which attacks are mandatory.
 * `assay.harness`: runs the protocol in shards, verifies every candidate itself.
 * `assay.record` and `assay.rundir`: the validated result, and a run on disk.
 * `assay.attacks`, `assay.defenses`, `assay.leaderboards`: three houses that know only the ground floor.
