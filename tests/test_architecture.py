@@ -43,6 +43,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "certificate": (*PLAIN, "noise", "norms", "chain", "defense"),
     # data about evaluations: read by tables, so without torch
     "statistics": ("errors",),
+    "bounds": ("errors",),
+    "sequential": ("errors", "bounds"),
     "finding": ("card",),
     "board": PLAIN,
     "rules": ("card",),
@@ -82,6 +84,8 @@ TORCH_FREE = (
     "threat",
     "card",
     "statistics",
+    "bounds",
+    "sequential",
     "finding",
     "board",
     "rules",
