@@ -130,7 +130,7 @@ class _Grafted(_Exact):
 
     def draw(self, z: Tensor, labels: tuple[Tensor, ...], loss: Loss, noise: Noise) -> Draws:
         rows, folded = z.repeat_interleave(self._n, 0), noise.draws(self._n)
-        purified = self._target.push(rows, folded.child("purify"), self._stages.purify)[:, 0]
+        purified = self._target.push(rows, folded.child("purify"), self._stages.purify)
         return self._split(purified, labels, loss, folded.child("classify"), len(z), self._stages.classify)
 
     def pull_back(self, z: Tensor, noise: Noise, representative: Tensor, gradient: Tensor) -> Tensor:

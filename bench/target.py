@@ -169,25 +169,22 @@ class Target:
             return Evaluation(x.new_zeros(0), torch.zeros_like(x), x.new_zeros(0, draws, self.n_classes))
         return Evaluation(torch.cat(losses), torch.cat(gradients), torch.cat(logits))
 
-    def push(self, x: Tensor, noise: Noise, image: Image, draws: int = 1) -> Tensor:
-        """Images `(n, draws, c, h, w)` that a part of the defense makes of `x`, no gradient.
+    def push(self, x: Tensor, noise: Noise, image: Image) -> Tensor:
+        """The images `(n, …)` that a part of the defense makes of `x`, no gradient.
 
         Raises:
             ThreatViolation: in a black box.
         """
         self._white_box_only()
-        folded = noise.draws(draws) if draws > 1 else noise
-        rows = x.repeat_interleave(draws, 0) if draws > 1 else x
         parts: list[Tensor] = []
 
         def run(chunk: slice) -> None:
-            with torch.no_grad(), self._blamed(folded[chunk]):
-                parts.append(image(rows[chunk].detach(), folded[chunk]))
+            with torch.no_grad(), self._blamed(noise[chunk]):
+                parts.append(image(x[chunk].detach(), noise[chunk]))
 
-        for chunk in self._chunks(len(rows), x, 1, run):
-            self._count(folded[chunk], 1)
-        made = torch.cat(parts) if parts else rows
-        return made.reshape(len(x), draws, *made.shape[1:])
+        for chunk in self._chunks(len(x), x, 1, run):
+            self._count(noise[chunk], 1)
+        return torch.cat(parts) if parts else x
 
     def pull_back(self, x: Tensor, noise: Noise, image: Image, cotangent: Tensor) -> Tensor:
         """The gradient at `x` of `(image(x, noise) · cotangent).sum()`, shaped like both, `(n, c, h, w)`.

@@ -25,6 +25,9 @@ from assay.noise import Noise
 from assay.norms import Ball
 from assay.registry import DEFENSES
 
+DOUBLED = 16
+"""The number of draws whose doubling is looked at."""
+
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """The cosine between two batches of gradients, `(n,)`; 0 where one of them vanishes."""
@@ -42,7 +45,7 @@ def main(
     found = load_board(board)
     x, y = data.load(found.dataset, found.ids[:samples])
     counts = (1, 4, 16, 64)
-    table = Table("defense", *(f"cosine at {k}" for k in counts), "moves from 16 to 32")
+    table = Table("defense", *(f"cosine at {k}" for k in counts), f"moves from {DOUBLED} to {2 * DOUBLED}")
     for name in defenses:
         target = Target(DEFENSES[name].build(found.dataset), samples)
         noise = Noise.from_seed(0, found.ids[:samples])
@@ -52,12 +55,12 @@ def main(
 
         ball = Ball(found.threat, x)
         z = ball.step(x, gradient(x, noise.child("start"), 16), ball.eps / 2)
-        row = []
+        row, moved = [], torch.zeros(())
         for k in counts:
             first, second = (gradient(z, noise.child(k, side), k) for side in ("a", "b"))
             row.append(f"{float(cosine(first, second).mean()):.2f}")
-        sixteen, more = gradient(z, noise.child("a"), 16), gradient(z, noise.child("b"), 16)
-        moved = 1 - cosine(sixteen, (sixteen + more) / 2)
+            if k == DOUBLED:
+                moved = 1 - cosine(first, (first + second) / 2)
         table.add_row(name, *row, f"{float(moved.mean()):.3f}")
     Console().print(table)
 

@@ -39,7 +39,7 @@ from assay.defenses.schedule import column
 from assay.defenses.undefended import DIGITS as CLASSIFIER
 from assay.defenses.undefended import load_network
 from assay.defenses.undefended import weight_files as classifier_files
-from assay.defenses.variants import with_files, with_votes
+from assay.defenses.variants import with_files, with_traits, with_votes
 from assay.errors import InputError, nearest
 from assay.noise import Noise
 
@@ -247,8 +247,8 @@ def _averaging(average: str, votes: int, randomized: bool) -> Card:
     """The card with another average over other runs: one where all runs are the same."""
     if average not in get_args(Aggregation):
         raise InputError(f"a defense can't average {average!r}.{nearest(average, get_args(Aggregation))}")
-    traits = CARD.traits.model_copy(update={"stochastic": randomized, "non_differentiable": average == "majority"})
-    card = CARD.model_copy(update={"traits": traits, "votes": CARD.votes.model_copy(update={"how": average})})
+    card = with_traits(CARD, stochastic=randomized, non_differentiable=average == "majority")
+    card = card.model_copy(update={"votes": CARD.votes.model_copy(update={"how": average})})
     return with_votes(card, votes if randomized else 1)
 
 

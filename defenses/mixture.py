@@ -48,14 +48,14 @@ class MixtureDenoiser(Denoiser):
         if self.n_classes and len(self.labels.unique()) != self.n_classes:
             raise InputError(f"every class from 0 to {self.n_classes - 1} needs a component.")
 
-    def _parts(self, x: Tensor, sigma: Sigma) -> tuple[Tensor, Tensor, Tensor]:
-        """Log joint densities `(n, m)`, each component's posterior mean `(n, m, d)`, variances `(1|n, m)`."""
+    def _parts(self, x: Tensor, sigma: Sigma) -> tuple[Tensor, Tensor]:
+        """Log joint densities `(n, m)`, and each component's posterior mean `(n, m, d)`."""
         level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1)
         variances = self.stds**2 + level**2
         residuals = x.flatten(1)[:, None] - self.means.flatten(1)
         squared = residuals.square().sum(-1) / variances
         joint = self.weights.log() - 0.5 * (squared + residuals.shape[-1] * (2 * math.pi * variances).log())
-        return joint, self.means.flatten(1) + (self.stds**2 / variances)[..., None] * residuals, variances
+        return joint, self.means.flatten(1) + (self.stds**2 / variances)[..., None] * residuals
 
     def log_density(self, x: Tensor, sigma: Sigma) -> Tensor:
         """log p_σ(x), `(n,)`; σ = 0 is the density of clean images."""
@@ -77,13 +77,13 @@ class MixtureDenoiser(Denoiser):
 
     def denoise(self, x: Tensor, sigma: Sigma) -> Tensor:
         """See `Denoiser.denoise`."""
-        joint, means, _ = self._parts(x, sigma)
+        joint, means = self._parts(x, sigma)
         return (joint.softmax(1)[..., None] * means).sum(1).reshape(x.shape)
 
     def denoise_each(self, x: Tensor, sigma: Sigma) -> Tensor:
         """See `Denoiser.denoise_each`."""
         if not self.n_classes:
             return super().denoise_each(x, sigma)
-        joint, means, _ = self._parts(x, sigma)
+        joint, means = self._parts(x, sigma)
         shares = joint[:, None].masked_fill(~self._members(), -math.inf).softmax(2)
         return (shares @ means).reshape(len(x), self.n_classes, *x.shape[1:])

@@ -21,22 +21,6 @@ def with_files(card: Card, files: Mapping[str, Path], **changes: Any) -> Card:
     return card.model_copy(update={**changes, "weights": weights})
 
 
-def with_votes(card: Card, draws: int) -> Card:
-    """The card with another number of votes. A single draw is not voted on, and so it has its own gradient.
-
-    Raises:
-        InputError: for fewer than one.
-    """
-    if draws < 1:
-        raise InputError(f"a defense answers from at least 1 vote, got {draws}.")
-    changes: dict[str, Any] = {"votes": Votes(draws=draws, how=card.votes.how)}
-    if draws == 1:
-        changes["handles"] = tuple(handle for handle in card.handles if handle != "votes")
-        if card.votes.how == "majority":
-            changes["traits"] = card.traits.model_copy(update={"non_differentiable": False})
-    return card.model_copy(update=changes)
-
-
 def with_traits(card: Card, **traits: bool) -> Card:
     """The card with some traits set."""
     return card.model_copy(update={"traits": card.traits.model_copy(update=traits)})
@@ -45,6 +29,21 @@ def with_traits(card: Card, **traits: bool) -> Card:
 def without_handle(card: Card, handle: str) -> Card:
     """The card without one of its handles."""
     return card.model_copy(update={"handles": tuple(other for other in card.handles if other != handle)})
+
+
+def with_votes(card: Card, draws: int) -> Card:
+    """The card with another number of votes. A single draw is not voted on, and so it has its own gradient.
+
+    Raises:
+        InputError: for fewer than one.
+    """
+    if draws < 1:
+        raise InputError(f"a defense answers from at least 1 vote, got {draws}.")
+    voting = card.model_copy(update={"votes": Votes(draws=draws, how=card.votes.how)})
+    if draws > 1:
+        return voting
+    single = without_handle(voting, "votes")
+    return with_traits(single, non_differentiable=False) if card.votes.how == "majority" else single
 
 
 def with_purifier(card: Card, process: Chain) -> Card:
