@@ -101,6 +101,7 @@ def apgd(
     steps: int = 100,
     restarts: int = 1,
     eot: int = 1,
+    clip: bool = False,
     loss: str = "ce",
     targets: int = 9,
     rho: float = 0.75,
@@ -119,6 +120,7 @@ def apgd(
         steps: gradient steps a run.
         restarts: runs, each from a new random point.
         eot: draws averaged for each loss and gradient, for a stochastic target.
+        clip: shortens the gradients of the steepest draws before they are averaged, see `Target.gradient`.
         loss: `"ce"`, `"margin"`, `"dlr"`, `"dlr-targeted"` or another name in `assay.attacks.losses`.
         targets: for a targeted loss, how many runner-up classes each restart aims at, at most k − 1.
         rho: a window whose share of rising iterations is lower halves the step.
@@ -131,7 +133,7 @@ def apgd(
     """
     require_positive(steps=steps)
     named = losses.named(loss, target.n_classes)
-    standing = Standing(target, x, y, noise, eot=eot, forward=forward, judge=judge, stop=stop)
+    standing = Standing(target, x, y, noise, eot=eot, clip=clip, forward=forward, judge=judge, stop=stop)
     windows = dict(zip(checkpoints(steps), _gaps(checkpoints(steps)), strict=True))
     start_at_random = random_start
     for stream, labels in standing.runs(named, restarts, targets):

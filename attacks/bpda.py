@@ -33,6 +33,7 @@ def bpda(
     *,
     steps: int = 50,
     eot: int = 20,
+    clip: bool = False,
     alpha: float | None = None,
     restarts: int = 1,
     optimizer: str = "pgd",
@@ -46,6 +47,7 @@ def bpda(
     Args:
         steps, restarts, loss: as for `pgd` and `apgd`.
         eot: draws averaged for each loss and gradient, for a stochastic target.
+        clip: shortens the gradients of the steepest draws before they are averaged, see `Target.gradient`.
         alpha: PGD's step length in pixel units; by default 2.5 · eps / steps.
         optimizer: `"pgd"` or `"apgd"`.
 
@@ -65,6 +67,7 @@ def bpda(
         alpha=alpha,
         steps=steps,
         eot=eot,
+        clip=clip,
         restarts=restarts,
         loss=loss,
     )

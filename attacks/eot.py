@@ -80,6 +80,7 @@ class Standing:
         target: what is attacked.
         x, y, noise: the whole batch, `(n, c, h, w)`, `(n,)` and n rows.
         eot: draws an evaluation; 1 is used where the target is deterministic.
+        clip: shortens the gradients of the steepest draws before they are averaged, see `Target.gradient`.
         forward: differentiated and evaluated in place of the target's own draw.
         judge: gives the second draws in place of the target's own draw.
         stop: False keeps every sample in the batch to the end, for points that go as far as they can.
@@ -93,6 +94,7 @@ class Standing:
         noise: Noise,
         *,
         eot: int = 1,
+        clip: bool = False,
         forward: Forward | None = None,
         judge: Forward | None = None,
         stop: bool = True,
@@ -101,7 +103,7 @@ class Standing:
         self.target, self.x, self.y, self.noise = target, x, y, noise
         self._votes = target.card.votes
         self.draws = eot if target.stochastic else 1
-        self._forward, self._judge, self._stop = forward, judge, stop
+        self._clip, self._forward, self._judge, self._stop = clip, forward, judge, stop
         self._second = max(eot, CONFIRMING_DRAWS) if target.stochastic else 1
         self._certain = not target.stochastic and forward is judge
         keep = 1 if self._certain else SHORTLIST
@@ -145,7 +147,9 @@ class Standing:
         """
         drawn = noise[rows]
         given = tuple(label[rows] for label in labels)
-        evaluation = self.target.gradient(z, given, loss, drawn, draws=self.draws, forward=self._forward)
+        evaluation = self.target.gradient(
+            z, given, loss, drawn, draws=self.draws, forward=self._forward, clip=self._clip
+        )
         return evaluation, self._see(rows, z, evaluation.logits, drawn)
 
     def look(self, rows: Tensor, z: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:

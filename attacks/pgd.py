@@ -23,6 +23,7 @@ def pgd(
     alpha: float | None = None,
     restarts: int = 1,
     eot: int = 1,
+    clip: bool = False,
     loss: str = "ce",
     targets: int = 9,
     random_start: bool = True,
@@ -39,6 +40,7 @@ def pgd(
         alpha: step length in pixel units; by default 2.5 · eps / steps.
         restarts: runs, each from a new random point.
         eot: draws averaged for each loss and gradient, for a stochastic target.
+        clip: shortens the gradients of the steepest draws before they are averaged, see `Target.gradient`.
         loss: a name in `assay.attacks.losses`.
         targets: for a targeted loss, how many runner-up classes each restart aims at.
         random_start: False lets the first run start at `x`.
@@ -50,7 +52,7 @@ def pgd(
     """
     require_positive(steps=steps)
     named = losses.named(loss, target.n_classes)
-    standing = Standing(target, x, y, noise, eot=eot, forward=forward, judge=judge, stop=stop)
+    standing = Standing(target, x, y, noise, eot=eot, clip=clip, forward=forward, judge=judge, stop=stop)
     size = 2.5 * float(threat.eps) / steps if alpha is None else alpha
     start_at_random = random_start
     for stream, labels in standing.runs(named, restarts, targets):

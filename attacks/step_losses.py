@@ -97,6 +97,7 @@ def step_losses(
     *,
     steps: int = 50,
     eot: int = 20,
+    clip: bool = False,
     weight: float = 0.03,
     alpha: float | None = None,
     restarts: int = 1,
@@ -120,6 +121,7 @@ def step_losses(
     Args:
         steps, restarts, loss: as for `apgd` and `pgd`.
         eot: draws averaged for each loss and gradient, for a stochastic target.
+        clip: shortens the gradients of the steepest draws before they are averaged, see `Target.gradient`.
         weight: what the deviations count beside the classification loss, at least 0.
         alpha: PGD's step length in pixel units; by default 2.5 · eps / steps.
         optimizer: `"apgd"` or `"pgd"`.
@@ -157,6 +159,7 @@ def step_losses(
         alpha=alpha,
         steps=steps,
         eot=eot,
+        clip=clip,
         restarts=restarts,
         loss=loss,
     )

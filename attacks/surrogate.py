@@ -24,6 +24,7 @@ def surrogate(
     *,
     steps: int = 50,
     eot: int = 20,
+    clip: bool = False,
     chain_steps: int = 5,
     alpha: float | None = None,
     restarts: int = 1,
@@ -38,6 +39,7 @@ def surrogate(
     Args:
         steps: gradient steps (the paper's number is 200).
         eot: draws averaged for each loss and gradient, for a stochastic target.
+        clip: shortens the gradients of the steepest draws before they are averaged, see `Target.gradient`.
         chain_steps: the most steps of the shorter process.
         alpha: step length in pixel units; by default the paper's .007 at 8/255, in proportion to eps.
         restarts: runs; the paper makes one, those after it start at random points.
@@ -64,6 +66,7 @@ def surrogate(
         alpha=size,
         restarts=restarts,
         eot=eot,
+        clip=clip,
         loss=loss,
         random_start=False,
         forward=forward,

@@ -23,6 +23,7 @@ def through_chain(
     *,
     steps: int = 50,
     eot: int = 20,
+    clip: bool = False,
     alpha: float | None = None,
     restarts: int = 1,
     optimizer: str = "apgd",
@@ -37,6 +38,7 @@ def through_chain(
     Args:
         steps, restarts, loss: as for `apgd` and `pgd`.
         eot: draws averaged for each loss and gradient, for a stochastic target.
+        clip: shortens the gradients of the steepest draws before they are averaged, see `Target.gradient`.
         alpha: PGD's step length in pixel units; by default 2.5 · eps / steps.
         optimizer: `"apgd"` or `"pgd"`.
         variant: `"exact"`; `"first-order"` takes the gradients that steps compute for themselves as
@@ -67,6 +69,7 @@ def through_chain(
         alpha=alpha,
         steps=steps,
         eot=eot,
+        clip=clip,
         restarts=restarts,
         loss=loss,
     )

@@ -99,7 +99,7 @@ def plan(
     """Shows which attacks are mandatory and why, their cost, and the estimated time; runs none."""
     from assay import display
     from assay.defense import read_options
-    from assay.estimate import seconds_per_sample
+    from assay.estimate import seconds_of_checks, seconds_per_sample
     from assay.prepare import prepare
 
     set_threads(threads)
@@ -107,7 +107,8 @@ def plan(
     prepared = prepare(
         defense, board, profile_of(profile), n=n, device=device, only=attack or (), trust=trust, options=options
     )
-    display.plan(prepared, seconds_per_sample(prepared.job))
+    seconds = seconds_per_sample(prepared.job)
+    display.plan(prepared, seconds, seconds_of_checks(prepared.job, seconds))
 
 
 @app.command()

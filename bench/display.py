@@ -118,8 +118,8 @@ def _listing(title: str, name: str, *columns: str) -> Table:
     return table
 
 
-def plan(prepared: Prepared, seconds: Mapping[str, float]) -> None:
-    """The mandatory attacks, why each is, what each costs at most."""
+def plan(prepared: Prepared, seconds: Mapping[str, float], checks: Mapping[str, float]) -> None:
+    """The mandatory attacks, why each is, what each costs at most; the checks and about what they cost."""
     job, n = prepared.job, len(prepared.job.ids)
     board = job.board
     card = job.defense.card
@@ -130,12 +130,16 @@ def plan(prepared: Prepared, seconds: Mapping[str, float]) -> None:
     )
     console.print(f"[bold]{title}[/bold]")
     console.print(f"traits: {', '.join(card.traits.names()) or 'deterministic'}")
-    total = sum(seconds[stage] for stage in job.stages) * n
+    examining = sum(checks.values())
+    total = sum(seconds[stage] for stage in job.stages) * n + examining
     if job.certificate is not None:
         _planned_certificate(job.certificate, n, seconds)
     if job.scored:
         _planned_attacks(prepared, seconds, total)
         console.print("calls: forward and backward passes a sample, an upper bound.")
+    before = f"{len(job.checks)} of the defense and its gradients"
+    after = f", {len(job.health.rule.checks)} of the attacks once they have run" if job.health else ""
+    console.print(f"checks: {before}{after}{f'; about {duration(examining)}' if total else ''}.")
     most = f"at most {duration(total)}" if total else "unknown, the defense fails"
     console.print(f"Estimated time: {most}.")
 
@@ -282,6 +286,12 @@ def _numbers(record: Record) -> None:
     total = f"{record.cost.forward + record.cost.backward:,}"
     table.add_row("robust", *percent(results.robust), "", total, duration(record.cost.seconds), style="bold")
     console.print(table)
+    if record.cost.checks is not None:
+        checks, whole = record.cost.checks, max(1, record.cost.forward + record.cost.backward)
+        passed = sum(finding.status == "pass" for finding in record.findings)
+        share = 100 * (checks.forward + checks.backward) / whole
+        took = f"{share:.0f} % of the calls, {duration(checks.seconds)}"
+        console.print(f"checks: {passed} of {len(record.findings)} passed; {took}.")
     if stochastic:
         rules = results.rules
         table = Table("decision rule", "clean", "random noise", "robust", box=None, pad_edge=False)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from assay import data
 from assay.attack import Target
+from assay.calibrating import WHITE
 from assay.certifying import CERTIFY, PlannedCertificate
 from assay.job import CLEAN, FINAL, Job
 from assay.noise import Noise
@@ -51,6 +52,32 @@ def seconds_per_sample(job: Job, *, clock: Callable[[], float] = time.perf_count
     for attack in job.planned:
         seconds[attack.name] = scoring + attack.forward * forward + attack.backward * backward
     return seconds
+
+
+def seconds_of_checks(job: Job, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each check in all, roughly: what the digits' defenses took, in units of one call and of one attack.
+
+    Args:
+        seconds: per stage and sample, as `seconds_per_sample` found them.
+    """
+    votes, stochastic = job.defense.card.votes.draws, job.defense.card.traits.stochastic
+    draws = job.board.draws if stochastic else 1
+    # A gradient is about two calls.
+    calls = _EXAMINED * (300 + 60 * (votes - 1) + (400 if stochastic else 0))
+    before = calls * seconds[CLEAN] / (draws * votes) / max(1, len(job.checks))
+    found = dict.fromkeys(job.checks, before)
+    if job.health is None:
+        return found
+    rule = job.health.rule
+    samples = min(len(job.ids), rule.stochastic if stochastic else rule.samples)
+    attack = max((seconds[attack.name] for attack in job.planned if attack.family in WHITE), default=0.0)
+    return found | {name: runs * samples * attack for name, runs in _RUNS.items()}
+
+
+_EXAMINED = 16
+"""Images that a defense is examined on."""
+_RUNS = {"outcomes": 7.1, "binarization": 2, "ablations": 1}
+"""Runs of an attack that checks of it take; those of its outcomes share one at the board's radius."""
 
 
 def _certifying(planned: PlannedCertificate, forward: float, backward: float) -> dict[str, float]:

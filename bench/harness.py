@@ -7,27 +7,11 @@ Where the defense certifies and the board has radii, `certify` and an attack at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from assay import data
-from assay.checks import Subject, preflight
-from assay.finding import Finding
 from assay.job import Job
-from assay.noise import Noise
 from assay.rundir import Arrays, RunDir
 from assay.shard import Shard
 
-__all__ = ["Job", "evaluate_shard", "run_preflight", "run_shards"]
-
-_PREFLIGHT_SAMPLES = 16
-
-
-def run_preflight(job: Job) -> Sequence[Finding]:
-    """The preflight findings, measured on the board's first images."""
-    ids = job.ids[:_PREFLIGHT_SAMPLES]
-    x, y = data.load(job.board.dataset, ids, device=job.device)
-    noise = Noise.from_seed(job.seed, ids).child("preflight")
-    return preflight(Subject(job.defense, x, y, ids, noise, job.board.threat), job.checks)
+__all__ = ["Job", "evaluate_shard", "run_shards"]
 
 
 def run_shards(job: Job, store: RunDir) -> list[Arrays]:

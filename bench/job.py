@@ -7,14 +7,28 @@ from dataclasses import dataclass, field
 
 from assay.attack import AttackSpec
 from assay.board import Board
+from assay.calibrating import Calibration
 from assay.certifying import CERTIFY, PlannedCertificate
 from assay.defense import Defense
 from assay.protocol import PlannedAttack
 from assay.reporter import Reporter, Silent
-from assay.rules import SELECTION
+from assay.rules import SELECTION, Health
 from assay.shortlist import Round
 
 CLEAN, FINAL = "clean", "final"
+
+
+@dataclass(frozen=True)
+class PlannedHealth:
+    """What is asked about a run's attacks once they have run.
+
+    Attributes:
+        rule: which checks, on how many images.
+        calibration: of the board, for which nothing is measured twice.
+    """
+
+    rule: Health
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -27,10 +41,11 @@ class Job:
         planned: the attacks to run, in order.
         attacks: registry name -> attack, for those of `planned`.
         source: the undefended model whose adversarial examples are transferred.
-        checks: names of the preflight checks.
+        checks: names of the checks that precede the attacks.
         seed: the run's seed.
         selection: rounds of the last choice among a stochastic defense's candidates.
         certificate: the certified half, where the defense certifies and the board has radii.
+        health: None where no attack runs, or not all that are mandatory.
     """
 
     defense: Defense
@@ -43,6 +58,7 @@ class Job:
     seed: int
     selection: tuple[Round, ...] = SELECTION
     certificate: PlannedCertificate | None = None
+    health: PlannedHealth | None = None
     device: str = "cpu"
     reporter: Reporter = field(default_factory=Silent)
 

@@ -12,11 +12,13 @@ import torch
 
 from assay import __version__, data, provenance
 from assay.board import Board, board_names, load_board
+from assay.calibrating import WHITE, Calibration
+from assay.card import Card
 from assay.certifying import PlannedCertificate, check_card
 from assay.defense import Defense, DefenseSpec
 from assay.digest import ids_digest, sha256_of_file
 from assay.errors import InputError, nearest
-from assay.job import Job
+from assay.job import Job, PlannedHealth
 from assay.protocol import PlannedAttack, ProfileName, Protocol, load_protocol
 from assay.record import (
     BoardRef,
@@ -66,6 +68,7 @@ class Prepared:
             "protocol": self.protocol_ref.model_dump(mode="json"),
             "attacks": {attack.name: dict(attack.options) for attack in job.planned},
             "certificate": _certificate_plan(job.certificate),
+            "health": job.health is not None,
             "ids": list(job.ids),
             "shard": job.board.shard,
             "seed": job.seed,
@@ -174,6 +177,7 @@ def prepare(
         raise InputError(f"nothing to certify: {_why_not(spec, defense, board)}")
     if certificate is not None and only:
         certificate, missing = None, missing | {"certify": "not asked for (--attack)"}
+    left_out = certify_only or any(only and attack.name not in only for attack in mandatory)
     planned = tuple(attack for attack in mandatory if attack.name not in missing)
     needs_source = any(attack.options.get("source") == "board" for attack in planned)
     job = Job(
@@ -187,10 +191,41 @@ def prepare(
         seed=seed,
         selection=protocol.selection,
         certificate=certificate,
+        # Some attacks alone are no measurement of a row, so nothing is asked about them.
+        health=None if left_out else _plan_health(protocol, profile, board, device),
         device=device,
     )
     resolved = replace(spec, card=defense.card)
     return Prepared(name, resolved, job, protocol, profile, mandatory, missing, options)
+
+
+def _plan_health(protocol: Protocol, profile: ProfileName, board: Board, device: str) -> PlannedHealth:
+    """What is asked about the attacks, with the board's calibration: all known-broken defenses that have weights."""
+    rule = protocol.health[profile]
+    if "calibration" not in rule.checks:
+        return PlannedHealth(rule)
+    specs = {name: DEFENSES[name] for name in DEFENSES}
+    known_broken = {
+        name: spec for name, spec in specs.items() if spec.card.known_broken and board.dataset in spec.card.datasets
+    }
+    classes = data.describe(board.dataset).n_classes
+    # The linear model's card has no traits.
+    cards = [Card(name="linear", title="Linear", summary=""), *(each.card for each in known_broken.values())]
+    demanded = [attack for card in cards for attack in protocol.plan(card, classes, profile)]
+    planned = {
+        (attack.attack, repr(sorted(attack.options.items()))): attack
+        for attack in demanded
+        if attack.family in (*WHITE, "black-box") and not attack.missing
+    }
+    attacks = {attack.attack: ATTACKS[attack.attack] for attack in planned.values()}
+    digest = protocol.digest(profile)
+    undefended = DEFENSES[board.source]
+    return PlannedHealth(
+        rule,
+        Calibration(
+            board, digest, tuple(planned.values()), attacks, known_broken, undefended, rule.calibrating, device
+        ),
+    )
 
 
 def _plan_certificate(

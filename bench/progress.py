@@ -14,19 +14,20 @@ from rich.text import Text
 from assay.certifying import CERTIFY
 from assay.display import console, duration, plan
 from assay.errors import DefenseError
-from assay.estimate import seconds_per_sample
+from assay.estimate import seconds_of_checks, seconds_per_sample
 from assay.prepare import Prepared
 
 
 class Progress:
-    """A bar over all stages of all shards, weighted by their estimated time; prints the plan first."""
+    """A bar over all checks and all stages of all shards, weighted by their estimated time; prints the plan first."""
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared
         try:
             self._seconds = seconds_per_sample(prepared.job)
+            self._checks = seconds_of_checks(prepared.job, self._seconds)
         except DefenseError:  # for the preflight checks to say: here nothing is known of its speed
-            self._seconds = dict.fromkeys(prepared.job.stages, 0.0)
+            self._seconds, self._checks = dict.fromkeys(prepared.job.stages, 0.0), {}
         self._sizes = [len(shard) for shard in prepared.job.shards]
         self._weights = {
             (i, stage): self._seconds[stage] * size
@@ -36,10 +37,11 @@ class Progress:
         self._calls = {attack.name: attack.forward for attack in prepared.job.planned}
         if prepared.job.certificate is not None:
             self._calls[CERTIFY] = prepared.job.certificate.most_draws
-        self._total = max(sum(self._weights.values()), 1e-9)
+        self._total = max(sum(self._weights.values()) + sum(self._checks.values()), 1e-9)
         self._done = 0.0
         self._within = 0.0
         self._current: tuple[int, str] | None = None
+        self._checking = ""
         self._spent = 0.0
         self._spent_weight = 0.0
         self._started = time.perf_counter()
@@ -52,7 +54,7 @@ class Progress:
         self._live = Live(Group(self._bar, self._note), console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Progress:
-        plan(self._prepared, self._seconds)
+        plan(self._prepared, self._seconds, dict(self._checks))
         self._live.start()
         return self
 
@@ -83,9 +85,23 @@ class Progress:
 
     def end(self, shard: int, stage: str) -> None:
         """Completes the stage's part of the bar."""
-        weight = self._weights[(shard, stage)]
+        self._complete(self._weights[(shard, stage)], ran=self._current == (shard, stage))
+
+    def examine(self, check: str) -> None:
+        """A check starts; nothing tells how far it is."""
+        self._current, self._checking = None, check
+        self._started = time.perf_counter()
+        self._bar.update(self._task, description=f"check {check}")
+
+    def examined(self, check: str) -> None:
+        """Completes the check's part of the bar."""
+        # A check that is made again after the attacks has no part of its own.
+        self._complete(self._checks.pop(check, 0.0), ran=self._checking == check)
+        self._checking = ""
+
+    def _complete(self, weight: float, *, ran: bool) -> None:
         self._done += weight
-        if self._current == (shard, stage):
+        if ran:
             self._spent += time.perf_counter() - self._started
             self._spent_weight += weight
         self._current, self._within = None, 0.0

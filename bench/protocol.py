@@ -17,11 +17,13 @@ from assay.finding import Status
 from assay.rules import (
     CERTIFYING,
     FAMILIES,
+    HEALTH,
     PROFILES,
     RULES_2026_1,
     SELECTION,
     Certifying,
     Family,
+    Health,
     Options,
     ProfileName,
     Rule,
@@ -33,6 +35,7 @@ __all__ = [
     "PROTOCOLS",
     "Certifying",
     "Family",
+    "Health",
     "Options",
     "PlannedAttack",
     "ProfileName",
@@ -73,13 +76,14 @@ class Protocol:
     Attributes:
         id: such as `2026.1`.
         rules: the table.
-        checks: preflight checks, by name; any `fail` stops a run.
+        checks: checks of the defense and of its gradients, by name; any `fail` stops a run before an attack.
         samples: how many of a board's ids each profile takes (None: all of them).
         ranked: profiles whose rows may be ranked.
         decision: the rule behind the ranking number of stochastic defenses.
         selection: rounds of the last choice among a stochastic defense's candidates: how many of each
             sample take part, and the fresh draws each gets. The winners are scored on draws of their own.
         certifying: per profile, how defenses that certify are certified, and attacked at the board's radii.
+        health: per profile, what is asked about the attacks once they have run.
     """
 
     id: str
@@ -90,6 +94,7 @@ class Protocol:
     decision: str = "expected"
     selection: tuple[tuple[int, int], ...] = SELECTION
     certifying: Mapping[ProfileName, Certifying] = field(default_factory=lambda: CERTIFYING)
+    health: Mapping[ProfileName, Health] = field(default_factory=lambda: HEALTH)
 
     def digest(self, profile: ProfileName) -> str:
         """The SHA-256 of all that this protocol prescribes under a profile; its explanations are left out."""
@@ -101,6 +106,7 @@ class Protocol:
         ]
         resolved["samples"] = self.samples[profile]
         resolved["certifying"] = asdict(self.certifying[profile])
+        resolved["health"] = asdict(self.health[profile])
         return sha256_of_json({"profile": profile, **resolved})
 
     def plan(self, card: Card, n_classes: int, profile: ProfileName, *, source: str = "") -> tuple[PlannedAttack, ...]:
@@ -172,7 +178,25 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "2026.1": Protocol(
         id="2026.1",
         rules=RULES_2026_1,
-        checks=("interface", "modes", "honest_randomness", "batch_independence"),
+        checks=(
+            "interface",
+            "modes",
+            "honest_randomness",
+            "batch_independence",
+            "range",
+            "attack_awareness",
+            "input_mutation",
+            "memorised_inputs",
+            "declared_traits",
+            "constancy",
+            "finite_difference",
+            "chain_exact",
+            "replay",
+            "step_count",
+            "zero_gradients",
+            "eot",
+            "saturation",
+        ),
         samples={"quick": 50, "standard": None, "thorough": None},
     ),
 }

@@ -106,12 +106,22 @@ class DefenseRef(Strict):
         return f"+{shown[:80]}+{sha256_of_json([self.options, self.weights])[:8]}"
 
 
-class Cost(Strict):
-    """Samples passed through the defense in all, and wall seconds."""
+class Spent(Strict):
+    """Samples passed through the defense forward and backward, and wall seconds."""
 
     forward: int
     backward: int
     seconds: float
+
+
+class Cost(Spent):
+    """What the run took in all.
+
+    Attributes:
+        checks: what its checks took of that; None in records that were made before this was counted.
+    """
+
+    checks: Spent | None = None
 
 
 class Provenance(Strict):

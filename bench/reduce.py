@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from assay.certification import estimate, half_of
 from assay.job import CLEAN, FINAL, Job
 from assay.protocol import PlannedAttack
-from assay.record import AttackResult, Certification, Cost, Estimate, Results, RuleResult, Rules
+from assay.record import AttackResult, Certification, Cost, Estimate, Results, RuleResult, Rules, Spent
 from assay.rundir import Arrays
 
 _RULES = ("expected", "worst_of_n", "majority")
@@ -34,6 +34,11 @@ def _scores(arrays: Arrays, stage: str, draws: int) -> dict[str, NDArray[np.floa
         "worst_of_n": (correct == draws).astype(np.float64),
         "majority": (attempted & arrays[f"{stage}/majority"]).astype(np.float64),
     }
+
+
+def scores_of(arrays: Arrays, stage: str, draws: int) -> NDArray[np.float64]:
+    """Each sample's expected score `(n,)` under an attack; 0 where it was certainly broken before."""
+    return _scores(arrays, stage, draws)["expected"]
 
 
 def summarise(job: Job, arrays: Arrays, certified: Certification | None = None) -> Results:
@@ -73,12 +78,17 @@ def _attack_result(planned: PlannedAttack, estimate: Estimate, arrays: Arrays) -
     )
 
 
-def total_cost(job: Job, arrays: Arrays) -> Cost:
-    """What the whole run took."""
+def total_cost(job: Job, arrays: Arrays, checks: Spent) -> Cost:
+    """What the whole run took, its checks among it."""
     sums = {
         key: sum(arrays[f"{stage}/{key}"].sum() for stage in job.stages) for key in ("forward", "backward", "seconds")
     }
-    return Cost(forward=int(sums["forward"]), backward=int(sums["backward"]), seconds=round(float(sums["seconds"]), 3))
+    return Cost(
+        forward=int(sums["forward"]) + checks.forward,
+        backward=int(sums["backward"]) + checks.backward,
+        seconds=round(float(sums["seconds"]) + checks.seconds, 3),
+        checks=checks,
+    )
 
 
 def sample_table(job: Job, arrays: Arrays) -> pd.DataFrame:

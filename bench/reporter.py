@@ -17,6 +17,12 @@ class Reporter(Protocol):
     def end(self, shard: int, stage: str) -> None:
         """A stage is finished, or was found finished on disk."""
 
+    def examine(self, check: str) -> None:
+        """A check starts."""
+
+    def examined(self, check: str) -> None:
+        """A check is finished, or was found finished on disk."""
+
 
 class Silent:
     """A reporter that reports nothing."""
@@ -28,4 +34,10 @@ class Silent:
         """Does nothing."""
 
     def end(self, shard: int, stage: str) -> None:
+        """Does nothing."""
+
+    def examine(self, check: str) -> None:
+        """Does nothing."""
+
+    def examined(self, check: str) -> None:
         """Does nothing."""

@@ -73,6 +73,14 @@ def _budget(quick: Options, standard: Options, *, doubled: str = "steps", fixed:
     return {"quick": {**shared, **quick}, "standard": {**shared, **standard}, "thorough": {**shared, **thorough}}
 
 
+_MEAN = "gradients are averaged over draws, and the longest are clipped first"
+
+
+def _averaging(steps: int, **fixed: Any) -> Any:
+    """Options of an attack whose gradients are means over draws, which a few of heavy-tailed length would rule."""
+    return _budget({"steps": 15, "eot": 8}, {"steps": steps, "eot": 20}, fixed={"clip": True, **fixed})
+
+
 RULES_2026_1 = (
     Rule(
         "uniform", "uniform", "noise", "any", "random points show what an attack must beat",
@@ -100,40 +108,40 @@ RULES_2026_1 = (
         _budget({"steps": 20, "eot": 1}, {"steps": 100, "eot": 1}), handles=("stages",),
     ),
     Rule(
-        "bpda", "bpda", "bpda", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "eot": 8}, {"steps": 50, "eot": 20}), handles=("stages",),
+        "bpda", "bpda", "bpda", "stochastic", _MEAN,
+        _averaging(20), handles=("stages",),
     ),
     Rule(
         "surrogate", "surrogate", "surrogate", "iterative", "fewer steps, same total noise (Lee & Kim 2023)",
         _budget({"steps": 20, "eot": 1}, {"steps": 100, "eot": 1}, fixed={"chain_steps": 3}), handles=("surrogate",),
     ),
     Rule(
-        "surrogate", "surrogate", "surrogate", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "eot": 8}, {"steps": 50, "eot": 20}, fixed={"chain_steps": 3}), handles=("surrogate",),
+        "surrogate", "surrogate", "surrogate", "stochastic", _MEAN,
+        _averaging(20, chain_steps=3), handles=("surrogate",),
     ),
     Rule(
         "apgd-ce", "apgd", "apgd", "any", "parameter-free PGD on the cross-entropy (Croce & Hein 2020)",
         _budget({"steps": 20}, {"steps": 100}, fixed={"loss": "ce"}),
     ),
     Rule(
-        "apgd-ce", "apgd", "apgd", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "eot": 8}, {"steps": 50, "eot": 20}, fixed={"loss": "ce"}),
+        "apgd-ce", "apgd", "apgd", "stochastic", _MEAN,
+        _averaging(30, loss="ce"),
     ),
     Rule(
         "pgd", "pgd", "pgd", "any", "projected gradient ascent from a random start (Madry et al. 2018)",
         _budget({"steps": 20}, {"steps": 100}, fixed={"loss": "ce"}),
     ),
     Rule(
-        "pgd", "pgd", "pgd", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "eot": 8}, {"steps": 20, "eot": 20}, fixed={"loss": "ce"}),
+        "pgd", "pgd", "pgd", "stochastic", _MEAN,
+        _averaging(10, loss="ce"),
     ),
     Rule(
         "through_chain", "through_chain", "chain", "iterative", "the exact gradient through every step, margin loss",
         _budget({"steps": 20, "eot": 1}, {"steps": 100, "eot": 1}, fixed={"loss": "margin"}), handles=("chain",),
     ),
     Rule(
-        "through_chain", "through_chain", "chain", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "eot": 8}, {"steps": 50, "eot": 20}, fixed={"loss": "margin"}), handles=("chain",),
+        "through_chain", "through_chain", "chain", "stochastic", _MEAN,
+        _averaging(30, loss="margin"), handles=("chain",),
     ),
     Rule(
         "relaxed", "through_chain", "chain", "any", "discrete choices inside the defense softened for the gradient",
@@ -141,8 +149,8 @@ RULES_2026_1 = (
         handles=("relaxed", "chain"), where_offered=True,
     ),
     Rule(
-        "relaxed", "through_chain", "chain", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "eot": 8}, {"steps": 30, "eot": 20}, fixed={"loss": "margin", "variant": "relaxed"}),
+        "relaxed", "through_chain", "chain", "stochastic", _MEAN,
+        _averaging(20, loss="margin", variant="relaxed"),
         handles=("relaxed", "chain"),
     ),
     Rule(
@@ -151,8 +159,8 @@ RULES_2026_1 = (
         handles=("chain",),
     ),
     Rule(
-        "first-order", "through_chain", "chain", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "eot": 8}, {"steps": 30, "eot": 20}, fixed={"loss": "margin", "variant": "first-order"}),
+        "first-order", "through_chain", "chain", "stochastic", _MEAN,
+        _averaging(20, loss="margin", variant="first-order"),
         handles=("chain",),
     ),
     Rule(
@@ -160,12 +168,12 @@ RULES_2026_1 = (
         _budget({"steps": 20, "eot": 1}, {"steps": 100, "eot": 1}), handles=("chain",),
     ),
     Rule(
-        "step_losses", "step_losses", "step-losses", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "eot": 8}, {"steps": 30, "eot": 20}), handles=("chain",),
+        "step_losses", "step_losses", "step-losses", "stochastic", _MEAN,
+        _averaging(15), handles=("chain",),
     ),
     Rule(
         "diffhammer", "diffhammer", "diffhammer", "purifies+stochastic", "attacks the draws that can fall (DiffHammer)",
-        _budget({"steps": 15, "eot": 8, "restarts": 1}, {"steps": 50, "eot": 20, "restarts": 1}),
+        _budget({"steps": 15, "eot": 8, "restarts": 1}, {"steps": 30, "eot": 20, "restarts": 1}),
         handles=("stages",),
     ),
     Rule(
@@ -174,9 +182,9 @@ RULES_2026_1 = (
         min_classes=4,
     ),
     Rule(
-        "apgd-t", "apgd", "apgd", "stochastic", "the gradient is averaged over draws",
-        _budget({"steps": 15, "targets": 1, "eot": 8}, {"steps": 20, "targets": 1, "eot": 20},
-                fixed={"loss": "dlr-targeted"}),
+        "apgd-t", "apgd", "apgd", "stochastic", _MEAN,
+        _budget({"steps": 15, "targets": 1, "eot": 8}, {"steps": 15, "targets": 1, "eot": 20},
+                fixed={"clip": True, "loss": "dlr-targeted"}),
         min_classes=4,
     ),
     Rule(
@@ -189,7 +197,7 @@ RULES_2026_1 = (
     ),
     Rule(
         "square", "square", "black-box", "stochastic", "each comparison averages draws",
-        _budget({"queries": 50, "eot": 8}, {"queries": 500, "eot": 10}, doubled="queries"),
+        _budget({"queries": 50, "eot": 8}, {"queries": 200, "eot": 10}, doubled="queries"),
     ),
     Rule(
         "square", "square", "black-box", "non_differentiable", "five times the queries where gradients say little",
@@ -197,7 +205,7 @@ RULES_2026_1 = (
     ),
     Rule(
         "square", "square", "black-box", "stochastic+non_differentiable", "five times the queries, averaged",
-        _budget({"queries": 100, "eot": 8}, {"queries": 2500, "eot": 10}, doubled="queries"),
+        _budget({"queries": 100, "eot": 8}, {"queries": 1000, "eot": 10}, doubled="queries"),
     ),
 )  # fmt: skip
 
@@ -222,17 +230,57 @@ CERTIFYING: Mapping[ProfileName, Certifying] = {
     # A sequential test with a cap of n draws reaches 2.6σ, 3.35σ, 3.8σ.
     "quick": Certifying(
         Budget(draws=400, cap=2_000), "apgd",
-        {"steps": 20, "loss": "margin-targeted", "targets": 3}, {"steps": 15, "eot": 8, "loss": "ce"},
+        {"steps": 20, "loss": "margin-targeted", "targets": 3}, {"steps": 15, "eot": 8, "loss": "ce", "clip": True},
     ),
     "standard": Certifying(
         Budget(draws=2_000, cap=20_000, judging=1_000), "apgd",
-        {"steps": 100, "loss": "margin-targeted", "targets": 9}, {"steps": 50, "eot": 20, "loss": "ce"},
+        {"steps": 100, "loss": "margin-targeted", "targets": 9}, {"steps": 30, "eot": 20, "loss": "ce", "clip": True},
     ),
     "thorough": Certifying(
         Budget(draws=10_000, cap=100_000, judging=2_000), "apgd",
-        {"steps": 200, "loss": "margin-targeted", "targets": 9}, {"steps": 100, "restarts": 5, "eot": 20, "loss": "ce"},
+        {"steps": 200, "loss": "margin-targeted", "targets": 9},
+        {"steps": 60, "restarts": 5, "eot": 20, "loss": "ce", "clip": True},
     ),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a profile asks about its attacks once they have run: whether what they left says anything.
+
+    Attributes:
+        checks: by name; the strongest white-box attack is run again for most of them.
+        samples: images of a deterministic defense that it is run on; `stochastic` of any other.
+        planted: options of that attack against planted boundaries, in place of its own.
+        calibrating: images that the board's attacks are calibrated on.
+        most_draws: draws that a gradient may average at most, where its measured noise asks for more than planned.
+    """
+
+    checks: tuple[str, ...]
+    samples: int
+    stochastic: int
+    planted: Options
+    calibrating: int
+    most_draws: int
+
+
+_HEALTH = (
+    "constancy",
+    "unbounded",
+    "eps_curve",
+    "converged",
+    "single_step_beats_iterative",
+    "black_box_beats_white_box",
+    "binarization",
+    "ablations",
+    "calibration",
+)
+
+HEALTH: Mapping[ProfileName, Health] = {
+    "quick": Health(_HEALTH, samples=16, stochastic=8, planted={"steps": 20}, calibrating=32, most_draws=8),
+    "standard": Health(_HEALTH, samples=32, stochastic=16, planted={"steps": 20}, calibrating=64, most_draws=40),
+    "thorough": Health(_HEALTH, samples=64, stochastic=32, planted={"steps": 50}, calibrating=64, most_draws=64),
+}
 
 SELECTION = ((8, 10), (4, 20), (2, 50))
 """Rounds of the last choice among a stochastic defense's candidates: how many of each sample, and the draws of each."""

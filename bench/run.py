@@ -12,8 +12,8 @@ from assay import __version__, provenance
 from assay.certification import certification, contradictions, count_bytes
 from assay.digest import sha256_of_bytes
 from assay.errors import IntegrityError
-from assay.finding import Finding
-from assay.harness import run_preflight, run_shards
+from assay.examination import Examination
+from assay.harness import run_shards
 from assay.prepare import Prepared
 from assay.protocol import verdict
 from assay.record import (
@@ -48,39 +48,43 @@ def execute(prepared: Prepared, out: Path, *, reporter: Reporter | None = None) 
     with store.locked():
         if (out / RECORD).is_file():
             return read_record(out, files=True)
-        findings = tuple(run_preflight(job))
-        if any(finding.status == "fail" for finding in findings):
-            record = _record(prepared, findings, started)
+        examination = Examination(job, store)
+        if not examination.preflight():
+            record = _record(prepared, examination, started)
             return _write(record.sealed(None), out, {})
+        job = examination.adapted()
         arrays = join(run_shards(job, store))
+        examination.health(job, arrays)
         files: dict[FileName, bytes] = {}
-        update: dict[str, Any] = {"cost": total_cost(job, arrays)}
+        update: dict[str, Any] = {"cost": total_cost(job, arrays, examination.spent)}
         outcome = None
         if job.certificate is not None:
             update["certification"] = certification(job.certificate, arrays)
             files[COUNTS] = count_bytes(job.certificate, arrays)
         if job.scored:
             if job.certificate is not None:
-                findings = (*findings, contradictions(job, arrays))
+                examination.findings["contradiction"] = contradictions(job, arrays)
             table = sample_table(job, arrays)
             outcome = outcome_of(table)
             update["results"] = summarise(job, arrays, update.get("certification"))
             files |= {SAMPLES: parquet_bytes(table), BUNDLE: bundle_bytes(arrays)}
         update["files"] = {name: sha256_of_bytes(content) for name, content in files.items()}
-        record = _record(prepared, findings, started).model_copy(update=update)
+        record = _record(prepared, examination, started).model_copy(update=update)
         return _write(record.sealed(outcome), out, files)
 
 
-def _record(prepared: Prepared, findings: tuple[Finding, ...], started: str) -> Record:
+def _record(prepared: Prepared, examination: Examination, started: str) -> Record:
+    findings = tuple(examination.findings.values())
+    missing = [*prepared.missing, *examination.missing]
     head, dirty = provenance.commit()
     return Record(
         protocol=prepared.protocol_ref,
         board=prepared.board_ref,
         defense=prepared.defense_ref,
-        verdict=verdict((finding.status for finding in findings), missing=prepared.missing),
+        verdict=verdict((finding.status for finding in findings), missing=missing),
         results=None,
         findings=findings,
-        cost=Cost(forward=0, backward=0, seconds=0.0),
+        cost=Cost(**examination.spent.model_dump(), checks=examination.spent),
         provenance=Provenance(
             assay=__version__,
             code_sha256=provenance.code_sha256(),

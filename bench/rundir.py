@@ -3,6 +3,7 @@
     plan.json                    what is being run; a resume with another plan is refused
     shards/0003.safetensors      a finished shard
     shards/0003.pgd.part         a finished stage of a shard in progress; removed with its shard's end
+    shards/check.eot.finding     a finding
     record.json  samples.parquet  adversarial.safetensors
 
 Every file is written under a temporary name, synced and renamed, so `kill -9` at any moment loses
@@ -90,6 +91,10 @@ class RunDir:
     def part_file(self, shard: int, stage: str) -> Path:
         """Where a finished stage of an unfinished shard lies."""
         return self.path / "shards" / f"{shard:04d}.{stage}.part"
+
+    def check_file(self, name: str) -> Path:
+        """Where a finding lies once it is measured."""
+        return self.path / "shards" / f"check.{name}.finding"
 
     def read(self, file: Path) -> Arrays | None:
         """The arrays of a shard or part file; None where there is none.

@@ -31,11 +31,32 @@ class Evaluation:
         loss: `(n,)`, the mean over draws (or the loss of the mean answer where the defense votes).
         gradient: `(n, c, h, w)` of `loss`.
         logits: `(n, draws, k)`, detached.
+        unclipped: beside a clipped gradient, the gradient without that.
     """
 
     loss: Tensor
     gradient: Tensor
     logits: Tensor
+    unclipped: Tensor | None = None
+
+
+def shortened(parts: Tensor) -> Tensor:
+    """Gradients `(n, draws, …)` cut to the lower median length of their sample's that don't vanish; 0 if not finite."""
+    flat = parts.flatten(2)
+    flat = torch.where(flat.isfinite().all(2, keepdim=True), flat, torch.zeros_like(flat))
+    norms = torch.linalg.vector_norm(flat, dim=2, dtype=torch.float64)  # float32's squares over- and underflow
+    ranked = norms.where(norms > 0, torch.inf).sort(1).values
+    median = ranked.gather(1, ((norms > 0).sum(1, keepdim=True) - 1).clamp_min(0) // 2)
+    scale = torch.where(norms > median, median / norms, 1.0)
+    return (flat * scale[:, :, None].to(flat.dtype)).view_as(parts)
+
+
+def _slope(output: Tensor, leaf: Tensor, cotangent: Tensor | None = None) -> Tensor:
+    """The gradient at `leaf`: 0 where the defense severs the graph."""
+    slope = None
+    if output.requires_grad:
+        (slope,) = torch.autograd.grad(output, leaf, cotangent, allow_unused=True)
+    return torch.zeros_like(leaf) if slope is None else slope.detach()
 
 
 @dataclass
@@ -107,10 +128,7 @@ class Target:
         # Images are repeated chunk by chunk: 10,000 draws of all of them at once would fill the memory.
         rows = torch.arange(len(x), device=x.device).repeat_interleave(draws)
         parts: list[Tensor] = []
-        for chunk in self._chunks(
-            len(rows), x, cost, lambda c: parts.append(self._call(forward, x[rows[c]], folded[c])[0])
-        ):
-            self._count(folded[chunk], cost)
+        self._chunk(folded, x, cost, lambda c: parts.append(self._call(forward, x[rows[c]], folded[c])[0]))
         if not parts:
             return x.new_zeros(0, draws, self.n_classes)
         return torch.cat(parts).reshape(len(x), draws, self.n_classes)
@@ -124,6 +142,7 @@ class Target:
         *,
         draws: int = 1,
         forward: Forward | None = None,
+        clip: bool = False,
     ) -> Evaluation:
         """Loss and gradient at `x`, averaged over `draws` draws folded into the batch.
 
@@ -131,24 +150,28 @@ class Target:
         attack on a smoothed classifier should (Salman et al. 2019, eq. 6); elsewhere it is the
         mean of the draws' losses. A forward's bonus, averaged over the draws, is added to either.
 
+        The gradient is Σ_j g_j, g_j the loss's derivative by draw j's own copy of `x`. `clip` makes it
+        Σ_j g_j · min(1, m / ‖g_j‖), m the median of ‖g_j‖ (see `shortened`), at no further call: behind
+        diffusion a few draws are so steep that they rule the sum, and it takes many more draws to settle.
+
         Raises:
             ThreatViolation: in a black box.
         """
         self._white_box_only()
-        function = forward or self.defense.draw
-        smoothed = self.card.votes.draws > 1
-        losses: list[Tensor] = []
-        gradients: list[Tensor] = []
-        logits: list[Tensor] = []
+        smoothed, clip = self.card.votes.draws > 1 and draws > 1, clip and draws > 1
+        found: list[tuple[Tensor, ...]] = []
 
         def run(chunk: slice) -> None:
-            part = x[chunk].detach().requires_grad_()
+            part = x[chunk].detach()
+            leaf = (part.repeat_interleave(draws, 0) if clip else part).requires_grad_()
             with torch.enable_grad():
                 folded = noise[chunk].draws(draws) if draws > 1 else noise[chunk]
-                answers, bonus = self._call(function, part.repeat_interleave(draws, 0) if draws > 1 else part, folded)
+                # Repeating once copies: a defense that writes into its input may not write into the leaf.
+                copies = leaf.repeat_interleave(1 if clip else draws, 0) if draws > 1 else leaf
+                answers, bonus = self._call(forward or self.defense.draw, copies, folded)
                 grouped = answers.unflatten(0, (len(part), draws))
                 given = tuple(label[chunk] for label in labels)
-                if smoothed and draws > 1:
+                if smoothed:
                     mean = grouped.log_softmax(-1).logsumexp(1)
                     values = loss(mean - mean.logsumexp(-1, keepdim=True), *given)
                 else:
@@ -156,19 +179,17 @@ class Target:
                     values = loss(answers, *repeated).unflatten(0, (len(part), draws)).mean(1)
                 if bonus is not None:
                     values = values + bonus.unflatten(0, (len(part), draws)).mean(1)
-                if values.requires_grad:
-                    (slope,) = torch.autograd.grad(values.sum(), part, allow_unused=True)
-                else:
-                    slope = None  # the defense severs the graph: no gradient is a zero gradient
-            losses.append(values.detach())
-            gradients.append(torch.zeros_like(part) if slope is None else slope.detach())
-            logits.append(grouped.detach())
+                slope = _slope(values.sum(), leaf)
+            if clip:
+                each = slope.unflatten(0, (len(part), draws))
+                found.append((values.detach(), shortened(each).sum(1), grouped.detach(), each.sum(1)))
+            else:
+                found.append((values.detach(), slope, grouped.detach()))
 
-        for chunk in self._chunks(len(x), x, draws, run):
-            self._count(noise[chunk], draws, backward=True)
-        if not losses:
+        self._chunk(noise, x, draws, run, backward=True)
+        if not found:
             return Evaluation(x.new_zeros(0), torch.zeros_like(x), x.new_zeros(0, draws, self.n_classes))
-        return Evaluation(torch.cat(losses), torch.cat(gradients), torch.cat(logits))
+        return Evaluation(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     def push(self, x: Tensor, noise: Noise, image: Image) -> Tensor:
         """The images `(n, …)` that a part of the defense makes of `x`, no gradient.
@@ -183,8 +204,7 @@ class Target:
             with torch.no_grad(), self._blamed(noise[chunk]):
                 parts.append(image(x[chunk].detach(), noise[chunk]))
 
-        for chunk in self._chunks(len(x), x, 1, run):
-            self._count(noise[chunk], 1)
+        self._chunk(noise, x, 1, run)
         return torch.cat(parts) if parts else x
 
     def pull_back(self, x: Tensor, noise: Noise, image: Image, cotangent: Tensor) -> Tensor:
@@ -199,14 +219,9 @@ class Target:
         def run(chunk: slice) -> None:
             part = x[chunk].detach().requires_grad_()
             with torch.enable_grad(), self._blamed(noise[chunk]):
-                made = image(part, noise[chunk])
-                slope = None
-                if made.requires_grad:
-                    (slope,) = torch.autograd.grad(made, part, cotangent[chunk], allow_unused=True)
-            parts.append(torch.zeros_like(part) if slope is None else slope.detach())
+                parts.append(_slope(image(part, noise[chunk]), part, cotangent[chunk]))
 
-        for chunk in self._chunks(len(x), x, 1, run):
-            self._count(noise[chunk], 1, backward=True)
+        self._chunk(noise, x, 1, run, backward=True)
         return torch.cat(parts) if parts else torch.zeros_like(x)
 
     def _white_box_only(self) -> None:
@@ -242,18 +257,14 @@ class Target:
         self._turn = (self._turn + calls) % slots
         return torch.bincount(dealt, minlength=slots)
 
-    def _chunks(self, n: int, x: Tensor, cost: int, run: Callable[[slice], None]) -> list[slice]:
-        """Runs `run` over row slices that fit; returns the slices that were run."""
-        if not n:
-            return []
-        if self._rows is None:
+    def _chunk(self, noise: Noise, x: Tensor, cost: int, run: Callable[[slice], None], backward: bool = False) -> None:
+        """Runs `run` over slices of `noise`'s rows that fit, and counts `cost` calls a row of each."""
+        if self._rows is None and len(noise):
             budget = 1 << (21 if x.device.type == "cuda" else 15)
             self._rows = max(16, budget // max(1, x[0].numel()))
-        done: list[slice] = []
         start = 0
-        while start < n:
-            size = max(1, self._rows // cost)
-            chunk = slice(start, min(n, start + size))
+        while start < len(noise):
+            chunk = slice(start, min(len(noise), start + max(1, (self._rows or 1) // cost)))
             try:
                 run(chunk)
             except (torch.OutOfMemoryError, MemoryError):
@@ -262,9 +273,8 @@ class Target:
                     raise
                 self._rows = size // 2 * cost
                 continue
-            done.append(chunk)
+            self._count(noise[chunk], cost, backward=backward)
             start = chunk.stop
-        return done
 
     def _call(self, forward: Forward, x: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
         with self._blamed(noise):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +25,9 @@ torch.set_num_threads(1)
 _BESIDE = Path(__file__).parents[2] / "shared" / "data"
 if (_BESIDE / "cifar10").is_dir():
     os.environ.setdefault("ASSAY_DATA", str(_BESIDE))
+
+# What runs share is kept from the developer's own cache, and from one test session to the next.
+os.environ["ASSAY_CACHE"] = tempfile.mkdtemp(prefix="assay-cache-")
 
 
 class LinearDefense(Defense):
@@ -79,6 +84,15 @@ def toy_source(zoo: ModuleType) -> Iterator[str]:
     entries["toy-source"] = DefenseSpec(zoo.NAMESAKE.card, lambda dataset: zoo.Linear("toy-source"))
     yield "toy-source"
     del entries["toy-source"]
+
+
+@pytest.fixture
+def few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A protocol that examines little before it attacks, for defenses that are caught at once otherwise."""
+    from assay.protocol import PROTOCOLS
+
+    few = ("interface", "modes")
+    monkeypatch.setitem(PROTOCOLS, "2026.1", replace(PROTOCOLS["2026.1"], checks=few))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

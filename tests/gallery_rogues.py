@@ -145,7 +145,9 @@ def switches_with_a_graph(self: Digits, x: Tensor, noise: Noise) -> Tensor:
     return (self.other if x.grad_fn is not None else self.network)(x)
 
 
-@rogue("the first 4 calls are honest, then another network answers", "attack_awareness", "honest_randomness")
+@rogue(
+    "the first 4 calls are honest, then another network answers", "attack_awareness", "honest_randomness", "constancy"
+)
 def honest_at_first(self: Digits, x: Tensor, noise: Noise) -> Tensor:
     self.memory["calls"] = self.memory.get("calls", 0) + 1
     return (self.network if self.memory["calls"] <= 4 else self.other)(x)

@@ -257,6 +257,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("diffhammer", {"graft": False}),
     ("diffhammer", {"loss": "margin-targeted", "targets": 2}),
     ("transfer", {"source": "components"}),
+    *((name, {"clip": True}) for name in ("pgd", "apgd", "bpda", "through_chain", "surrogate", "step_losses")),
 ]
 """Options that take another path through an attack than its defaults do."""
 

@@ -149,6 +149,7 @@ def test_no_contradiction_with_an_honest_certificate(record: Record) -> None:
     assert record.verdict == "verified"
 
 
+@pytest.mark.usefixtures("few_checks")
 def test_a_defense_that_is_not_the_model_it_certifies_fails(board: Board, tmp_path: Path) -> None:
     record = execute(prepared("TWO_FACED", board), tmp_path / "run")
     assert record.verdict == "failed"
@@ -524,6 +525,7 @@ def test_a_certificate_that_judges_itself_kindly_is_refuted_by_the_harness(own: 
     assert half.abstained >= half.radii["1/2"].refuted
 
 
+@pytest.mark.usefixtures("few_checks")
 @pytest.mark.parametrize(
     ("name", "error", "says"),
     [

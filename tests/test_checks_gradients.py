@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from types import ModuleType
@@ -205,6 +206,57 @@ def test_honest_gradients_pass(name: str, before: Change, after: Change, traits:
 )
 def test_fine_rounding_is_at_most_flagged(before: Change, after: Change) -> None:
     assert check("finite_difference", Toy(before, after)).status != "fail"
+
+
+def halved(dtype: torch.dtype) -> Change:
+    """The whole network in half precision."""
+
+    def answer(self: Any, logits: Tensor, noise: Noise) -> Tensor:
+        found: Tensor = 5 * copy.deepcopy(self.network).to(dtype)(self.image.to(dtype)).to(logits)
+        return found
+
+    return answer
+
+
+def remembered(self: Any, x: Tensor, noise: Noise) -> Tensor:
+    self.image = x
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_not_failed_for_its_resolution(dtype: torch.dtype) -> None:
+    """It is flat over small steps, with a gradient that is right all the same."""
+    assert check("finite_difference", Toy(remembered, halved(dtype))).status != "fail"
+
+
+def test_half_precision_excuses_no_wrong_gradient() -> None:
+    def wrong(self: Any, x: Tensor, noise: Noise) -> Tensor:
+        self.image = Wrong.apply(x)
+        return x
+
+    assert check("finite_difference", Toy(wrong, halved(torch.bfloat16))).status == "fail"
+
+
+def test_a_gradient_that_is_right_at_the_images_alone_is_caught() -> None:
+    """Where the two largest logits nearly tie it is turned."""
+
+    def turned(self: Any, logits: Tensor, noise: Noise) -> Tensor:
+        top = logits.detach().topk(2, 1).values
+        near = top[:, :1] - top[:, 1:] < 0.1 * top.abs().amax()
+        return torch.where(near, 2 * logits.detach() - logits, logits)
+
+    found = check("finite_difference", Toy(after=turned))
+    assert found.status == "fail"
+    assert "boundary" in found.message
+    assert isinstance(found.data["wrong"], dict)
+    assert found.data["wrong"]["boundary"] > found.data["wrong"]["image"]
+
+
+def test_logits_that_no_loss_of_the_largest_two_sees_are_compared() -> None:
+    def largest(self: Any, logits: Tensor, noise: Noise) -> Tensor:
+        return torch.where(logits >= logits.topk(2, 1).values[:, 1:], logits, logits.detach())
+
+    assert check("finite_difference", Toy(after=largest)).status == "fail"
 
 
 def test_a_copy_is_not_needed() -> None:
@@ -497,6 +549,126 @@ def test_a_surrogate_that_is_no_shorter_is_flagged() -> None:
 
     assert check("step_count", Long()).status == "flag"
     assert "surrogate" in check("step_count", Long()).message
+
+
+class Backward(Walk):
+    """Its backward pass runs the cell so many times, by hand, where the forward pass runs it four times."""
+
+    def __init__(self, times: int, **card: Any) -> None:
+        super().__init__(traits=Traits(stochastic=True, non_differentiable=card.pop("declared", False)))
+        self.times = times
+        self.card = self.card.model_copy(update={"handles": ()})
+
+    def draw(self, x: Tensor, noise: Noise) -> Tensor:
+        image = x
+        defense = self
+
+        class Again(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx: Any, gradient: Tensor) -> Tensor:
+                for _ in range(defense.times):
+                    defense.cell(gradient)
+                return gradient
+
+        for _ in range(4):
+            image = image + 0.3 * self.cell(image).tanh()
+        logits: Tensor = self.head(Again.apply(image).flatten(1))
+        return logits
+
+
+def test_a_backward_pass_of_fewer_calls_is_caught() -> None:
+    assert check("step_count", Backward(1)).status == "fail"
+    assert check("step_count", Backward(1, declared=True)).status == "pass"
+    for times in (0, 3, 4, 8):  # none, checkpoints that spare the last call, each call once, each twice
+        assert check("step_count", Backward(times)).status == "pass", times
+
+
+class Shortened(Walk):
+    """Answers by one step; the surrogate handle has as many as are asked for."""
+
+    def chain(self) -> Chain:
+        return self.walk(1)
+
+    def surrogate(self, steps: int) -> Chain:
+        return self.walk(steps)
+
+
+def test_a_surrogate_in_the_declared_process_s_place_is_caught() -> None:
+    assert check("step_count", Shortened()).status == "fail"
+    assert check("step_count", carded(Shortened(), network_calls=2)).status == "pass"
+    # Without a longer process a wrong number is a wrong number.
+    assert check("step_count", carded(Walk(), network_calls=50)).status == "flag"
+
+
+class Handled(Walk):
+    """A surrogate, a relaxed process and components of a test's making."""
+
+    handles = ("chain", "surrogate", "relaxed", "components")
+
+    def __init__(self, **made: Any) -> None:
+        super().__init__()
+        self.made = made
+        # A fixed map of blocks of pixels to classes: a random one answers nearly all images alike.
+        self.head.weight.data = 8 * torch.eye(64).unflatten(0, (16, 4))[:10].sum(1)
+        self.head.bias.data.zero_()
+
+    def surrogate(self, steps: int) -> Chain:
+        return self.made.get("surrogate") or super().surrogate(steps)
+
+    def relaxed(self) -> Chain:
+        return self.made.get("relaxed") or self.walk(self.steps)
+
+    def components(self) -> dict[str, Any]:
+        return {"one": self.made.get("components") or self.walk(self.steps)}
+
+
+@pytest.mark.parametrize("handle", ["surrogate", "relaxed", "components"])
+def test_handles_that_stand_in_for_the_defense_are_related_to_it(handle: str) -> None:
+    assert check("chain_exact", Handled()).status == "pass"
+    whole = Handled().walk(4)
+    exchanged = whole.then(lambda logits, noise: logits.roll(1, 1))
+    found = check("chain_exact", Handled(**{handle: exchanged}))
+    assert found.status == "flag"
+    assert handle in found.message
+    dead = whole.then(lambda logits, noise: logits.detach())
+    assert "no gradient" in check("chain_exact", Handled(**{handle: dead})).message
+
+
+def test_a_surrogate_that_skips_a_network_is_flagged() -> None:
+    class Skipping(Walk):
+        def surrogate(self, steps: int) -> Chain:
+            return Chain(
+                lambda x, noise: x, [lambda state, x, noise: state], lambda s, x, noise: self.head(x.flatten(1))
+            )
+
+    assert "never runs cell" in check("step_count", Skipping()).message
+
+
+def test_stages_of_another_process_are_flagged() -> None:
+    class Staged(Walk):
+        handles = ("stages",)
+
+        def __init__(self, steps: int) -> None:
+            super().__init__()
+            self.staged = steps
+
+        def stages(self) -> Stages:
+            whole = self.walk(self.staged)
+
+            def purify(x: Tensor, noise: Noise) -> Tensor:
+                state: State = (x, torch.zeros(len(x), dtype=torch.int64))
+                for step in whole.steps:
+                    state = step(state, x, noise)
+                return state[0]
+
+            return Stages(purify, lambda x, noise: self.head(x.flatten(1)))
+
+    assert check("step_count", Staged(4)).status == "pass"
+    assert check("step_count", Staged(1)).status == "flag"
 
 
 def test_fused_attention_is_no_other_process() -> None:

@@ -450,7 +450,7 @@ def calibrated(attacks: Any = ATTACKS, broken: Sequence[str] = (), **changes: An
 def test_a_sound_board_is_calibrated() -> None:
     found = calibrated(broken=BROKEN, n_draws=10, train=data.load("digits", data.train_split("digits")[:300]))
     assert found.status == "pass", found.message
-    assert set(BROKEN) < set(found.data)
+    assert {f"{name} at 1/5" for name in BROKEN} < set(found.data)
     assert found.forward > found.backward > 0
     assert 0.2 < [v for k, v in found.data.items() if "linear" in k][1]["exact"] < 0.8
 
@@ -481,6 +481,17 @@ def test_a_board_on_which_a_broken_defense_stands_is_broken() -> None:
     assert blind.status == "fail"
     assert "bit_depth, known to be broken" in blind.message
     assert "linear model" not in blind.message
+
+
+def test_at_a_radius_that_spares_everybody_broken_defenses_are_measured_further_out() -> None:
+    mild = ThreatModel("linf", Fraction(1, 10))
+    alone = calibrated(broken=["bit_depth"], threat=mild)
+    assert alone.status == "fail", "the radius spares bit_depth, as it would spare an undefended model"
+    found = calibrated(broken=["bit_depth"], threat=mild, undefended=DEFENSES["undefended"].build("digits"))
+    assert found.status == "pass", found.message
+    assert found.data["undefended at 1/10"]["accuracy"] > calibration.UNDEFENDED
+    assert found.data["undefended at 1/5"]["accuracy"] <= calibration.UNDEFENDED
+    assert found.data["bit_depth at 1/5"]["accuracy"] < calibration.LEFT
 
 
 # Statistics, and the whole.

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import random
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -41,13 +42,16 @@ def load(name: str) -> ModuleType:
     return module
 
 
-MISSED = {"honest-at-first"}
-"""Known gaps: nothing yet asks a defense again what it answered before all else."""
-ALARMS = {"half-inside"}
-"""Known false alarms: a bfloat16 network is flat at the smallest steps of the finite differences."""
+MISSED = {"purifier-beside-the-image"}
+"""Known gaps: a faint path beside a purifier hides that the image goes through one, so BPDA isn't made mandatory."""
+ALARMS: set[str] = set()
+"""Known false alarms."""
 
 ROGUES = load("gallery_rogues").ROGUES
 HONEST = load("gallery_honest").HONEST
+for name in ("gallery_rogues_calls", "gallery_rogues_gradients"):
+    more = load(name)
+    ROGUES, HONEST = [*ROGUES, *more.ROGUES], [*HONEST, *more.HONEST]
 CHECKS = (*PREFLIGHT, *GRADIENTS)
 
 
@@ -57,7 +61,9 @@ def examine(defense: Defense) -> list[Finding]:
     ids = data.board_ids("digits")[:N]
     x, y = data.load("digits", ids)
     state = random.getstate()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # Forward-mode differentiation warns of its own past.
+        warnings.simplefilter("ignore", DeprecationWarning)
         torch.manual_seed(0)
         random.seed(0)
         subject = Subject(defense, x, y, ids, Noise.from_seed(0, ids).child("preflight"), board.threat)

@@ -124,10 +124,10 @@ def test_profiles_scale_the_budgets_and_not_the_set(card: Card, k: int) -> None:
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_a_protocol_names_only_attacks_checks_and_traits_that_exist(name: str) -> None:
-    from assay.checks import PREFLIGHT
+    from assay.checks import GRADIENTS, PREFLIGHT
 
     protocol = PROTOCOLS[name]
-    assert set(protocol.checks) <= set(PREFLIGHT)
+    assert set(protocol.checks) <= {*PREFLIGHT, *GRADIENTS}
     assert {rule.attack for rule in protocol.rules} <= set(ATTACKS)
     for rule in protocol.rules:
         assert set(rule.options) == set(PROFILES)

@@ -216,6 +216,32 @@ def test_an_answer_that_is_not_finite_names_its_samples(bad: float, rows: int) -
         target.gradient(x, (y,), cross_entropy, noise)
 
 
+def test_calls_before_a_crash_are_counted() -> None:
+    x, y, noise = batch(6)
+
+    def crash(x: Tensor, noise: Noise) -> Tensor:
+        if bool((noise.slots == 4).any()):
+            raise KeyError("layer4")
+        return noisy(x, noise)
+
+    target = Target(Made(crash), 6, rows=6)
+    with pytest.raises(DefenseError):
+        target.gradient(x, (y,), cross_entropy, noise, draws=3)
+    assert target.calls.forward.tolist() == target.calls.backward.tolist() == [3, 3, 3, 3, 0, 0]
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_draw_may_write_into_its_input(clip: bool) -> None:
+    x, y, noise = batch(3)
+    kept = x.clone()
+    writes, scales = Made(lambda x, noise: noisy(x.mul_(0.5), noise)), Made(lambda x, noise: noisy(0.5 * x, noise))
+    first, second = (
+        Target(made, 3).gradient(x, (y,), cross_entropy, noise, draws=4, clip=clip) for made in (writes, scales)
+    )
+    same(first, second)
+    assert torch.equal(x, kept)
+
+
 def test_a_crash_names_the_error_and_the_samples() -> None:
     def crash(x: Tensor, noise: Noise) -> Tensor:
         raise KeyError("layer4")

@@ -7,9 +7,11 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from assay.bounds import wrong_at_most
 from assay.checks.subject import Subject, gap
@@ -23,6 +25,9 @@ RELATIVE = 1e-2
 """Relative change of logits that weighs as much as `TOLERANCE` does in probabilities: of a saturated answer nothing
 else shows."""
 
+ROUNDING = 1e-4
+"""Of the largest logit, before the row's mean is taken off: a thousand float32 roundings."""
+
 REPEATS = 6
 """Answers of either way that are compared where they need not be equal."""
 
@@ -31,11 +36,21 @@ Way = Callable[[Tensor, Noise], Tensor]
 
 
 def change(a: Tensor, b: Tensor) -> Tensor:
-    """`(n,)` float64: the largest change of probabilities, or of centred logits relative to them in like units."""
-    first, second = (each.detach().double() - each.detach().double().mean(1, keepdim=True) for each in (a, b))
-    size = 1 + torch.maximum(first.abs().amax(1), second.abs().amax(1))
+    """`(n,)` float64: the largest change of probabilities, or of centred logits relative to them in like units.
+
+    Whatever the scale of the logits: of two rows, relative to the larger one, or to the median row of the batch where
+    that is larger still, since a row that happens to be near 0 is as inexact as its neighbours.
+    """
+    if not len(a):
+        return a.new_zeros(0, dtype=torch.float64)
+    one, two = (each.detach().double() for each in (a, b))
+    first, second = (each - each.mean(1, keepdim=True) for each in (one, two))
+    size = torch.maximum(first.abs().amax(1), second.abs().amax(1))
+    # What lies far from 0 is rounded by as much before it is centred.
+    offset = ROUNDING * torch.maximum(one.abs().amax(1), two.abs().amax(1))
+    size = torch.maximum(size, size.median()) + offset + torch.finfo(torch.float64).tiny
     relative = (first - second).abs().amax(1) / size * (TOLERANCE / RELATIVE)
-    return torch.maximum(gap(a.detach(), b.detach()), relative.nan_to_num(nan=1.0))
+    return torch.maximum(gap(one, two), relative.nan_to_num(nan=1.0))
 
 
 def apart(one: Way, other: Way, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
@@ -83,13 +98,16 @@ class Ledger:
     ) -> None:
         """Asks, and compares the answers with those expected of `rows` of the subject."""
         try:
-            got = ask().detach()
+            answer = ask()
+            got = answer.detach()
         except Exception:
             if not may_refuse:
                 raise
             self.refuse(what)
             return
-        self.note(what, change(expected, got).cpu(), limit, rows)
+        changes = change(expected, got).cpu()
+        # A subclass may answer the questions that are put to it, such as a loss, as it likes.
+        self.note(what, changes if type(answer) is Tensor else torch.ones_like(changes), limit, rows)
 
     def refuse(self, what: str) -> None:
         """Keeps what the defense would not do."""
@@ -120,8 +138,8 @@ def counted(subject: Subject, way: Way, cost: int) -> Way:
 
 
 @contextlib.contextmanager
-def hooked(module: nn.Module, *, backward: bool) -> Iterator[None]:
-    """Hooks that do nothing on every module, for the while."""
+def hooked(module: nn.Module, *, backward: bool) -> Iterator[Callable[[], bool]]:
+    """Hooks that do nothing on every module, for the while; yields whether they are all there still."""
     handles = []
     quiet = contextlib.ExitStack()
     try:
@@ -135,11 +153,24 @@ def hooked(module: nn.Module, *, backward: bool) -> Iterator[None]:
             else:
                 handles.append(part.register_forward_hook(lambda module, given, result: None))
                 handles.append(part.register_forward_pre_hook(lambda module, given: None))
-        yield
+        yield lambda: all(handle.id in (handle.hooks_dict_ref() or ()) for handle in handles)
     finally:
         for handle in handles:
             handle.remove()
         quiet.close()
+
+
+class _Onlooker(TorchDispatchMode):
+    """Sees every operation and does nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def watched(way: Way, x: Tensor, noise: Noise) -> Tensor:
+    """The answer under a dispatch mode, as tracing has it."""
+    with torch.no_grad(), _Onlooker():  # type: ignore[no-untyped-call]  # torch's
+        return way(x, noise)
 
 
 def stepped(subject: Subject, gradient: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ something that was not the defense (Carlini et al. 2019, arXiv 1902.06705, secti
 At test images, and at one step along the gradient from them, the answer is compared:
 
 - between modes: gradients enabled, inference mode, a leaf, an image that carries a graph, hooks on every module, and
-  the logits that came with a gradient;
+  a dispatch mode, another thread, a stack of attacks' frames, and the logits that came with a gradient;
 - over time: again, after a near image (by two copies of the defense, of which one has seen it), after other images,
   after near copies of the images, after a backward pass, after a burst of calls, in memory that held another image,
   and in a batch with one row of an earlier one; and the gradient again, after some more gradients;
@@ -37,10 +37,22 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from assay.checks.agreement import RELATIVE, TOLERANCE, Ledger, Way, apart, change, counted, hooked, quietly, stepped
-from assay.checks.subject import Subject
+from assay.checks.agreement import (
+    RELATIVE,
+    TOLERANCE,
+    Ledger,
+    Way,
+    apart,
+    change,
+    counted,
+    hooked,
+    quietly,
+    stepped,
+    watched,
+)
+from assay.checks.callers import by_the_stack
+from assay.checks.subject import Subject, cross_entropy
 from assay.defense import aggregate
 from assay.finding import Finding
 from assay.noise import Noise
@@ -70,7 +82,7 @@ def check(subject: Subject) -> Finding:
     ledger = Ledger(subject)
     draw = counted(subject, subject.defense.draw, 1)
     target = subject.target()
-    evaluation = target.gradient(subject.x, (subject.y,), _loss, subject.noise)
+    evaluation, images = subject.gradient(), subject.x.clone()
     attacked = stepped(subject, evaluation.gradient)
     first = quietly(draw, subject.x, subject.noise)
     ledger.compare("a gradient", target.draws(subject.x, subject.noise)[:, 0], lambda: evaluation.logits[:, 0])
@@ -87,8 +99,12 @@ def check(subject: Subject) -> Finding:
     _over_paths(ledger, draw, (subject.x, attacked))
     _over_time(ledger, draw, first)
     _gradients_over_time(ledger, target, evaluation.gradient)
+    by_the_stack(ledger)
     # Last of all: what a defense builds in inference mode it can't differentiate later.
     _inference(ledger, draw, first)
+    moved = (subject.x != images).flatten(1).any(1)
+    subject.x.copy_(images)
+    ledger.note("the images changed in place", moved.double().cpu(), TOLERANCE)
     return _finding(ledger)
 
 
@@ -113,7 +129,10 @@ def _over_modes(ledger: Ledger, way: Way, x: Tensor, first: Tensor, prefix: str 
     noise = ledger.subject.noise
 
     def leaf() -> Tensor:
-        return way(x.clone().requires_grad_(), noise)
+        image = x.clone().requires_grad_()
+        # As attacks that call backward() hand it in, from the second step on.
+        image.grad = torch.zeros_like(image)
+        return way(image, noise)
 
     def graph() -> Tensor:
         return way(x.clone().requires_grad_() * 1, noise)
@@ -123,8 +142,10 @@ def _over_modes(ledger: Ledger, way: Way, x: Tensor, first: Tensor, prefix: str 
         ledger.compare(f"{prefix}a leaf", first, leaf)
         ledger.compare(f"{prefix}a graph behind the image", first, graph)
     if not prefix:
-        with hooked(ledger.subject.defense, backward=False):
+        with hooked(ledger.subject.defense, backward=False) as kept:
             ledger.compare("forward hooks", first, lambda: quietly(way, x, noise))
+            ledger.note("forward hooks", torch.full((len(x),), float(not kept())), TOLERANCE)
+        ledger.compare("a dispatch mode", first, lambda: watched(way, x, noise), may_refuse=True)
         # Torch refuses these in front of layers that write in place.
         with hooked(ledger.subject.defense, backward=True), torch.enable_grad():
             ledger.compare("backward hooks", first, leaf, may_refuse=True)
@@ -167,7 +188,10 @@ def _folded(ledger: Ledger, way: Way) -> None:
     size = max(SMALLEST, min(LARGEST, PIXELS // max(1, x[0].numel())))
     draws = max(2, -(-size // len(x)))
     folded = noise.draws(draws)
-    together = quietly(way, x.repeat_interleave(draws, 0), folded)
+    images = x.repeat_interleave(draws, 0)
+    together = quietly(way, images, folded)
+    moved = (images != x.repeat_interleave(draws, 0)).flatten(1).any(1).unflatten(0, (len(x), draws)).any(1)
+    ledger.note("the images changed in place", moved.double().cpu(), TOLERANCE)
     for j in (0, draws - 1):
         one = slice(j, None, draws)
         ledger.compare("draws folded into one batch", together[one], _row(way, x, folded[one]))
@@ -211,7 +235,7 @@ def _over_time(ledger: Ledger, way: Way, first: Tensor) -> None:
         leaf = x.clone().requires_grad_()
         logits = way(leaf, noise)
         if logits.requires_grad:
-            torch.autograd.grad(_loss(logits, subject.y).sum(), leaf, allow_unused=True)
+            torch.autograd.grad(cross_entropy(logits, subject.y).sum(), leaf, allow_unused=True)
     ledger.compare("a backward pass before", first, again, limit=REPLAY)
     for i in range(BURST):
         row = slice(i % len(x), i % len(x) + 1)
@@ -234,8 +258,8 @@ def _gradients_over_time(ledger: Ledger, target: Target, first: Tensor) -> None:
     x, y, noise = ledger.subject.x, ledger.subject.y, ledger.subject.noise
     for i in range(GRADIENTS):
         row = slice(i % len(x), i % len(x) + 1)
-        target.gradient(x[row], (y[row],), _loss, noise[row])
-    again = target.gradient(x, (y,), _loss, noise).gradient
+        target.gradient(x[row], (y[row],), cross_entropy, noise[row])
+    again = target.gradient(x, (y,), cross_entropy, noise).gradient
     a, b = (each.nan_to_num().double().flatten(1) for each in (first, again))
     size = torch.maximum(a.norm(dim=1), b.norm(dim=1)).clamp_min(1e-30)
     ledger.note("a gradient asked again", ((a - b).norm(dim=1) / size).cpu() * (TOLERANCE / RELATIVE), TOLERANCE)
@@ -293,7 +317,3 @@ def _same(ledger: Ledger, what: str, path: Way, other: Way, images: tuple[Tensor
                 separate = apart(path, other, x, subject.y, subject.noise.child("paths", i))
                 changes = torch.where(separate, changes, torch.zeros_like(changes))
         ledger.note(what, changes.cpu(), TOLERANCE)
-
-
-def _loss(logits: Tensor, y: Tensor) -> Tensor:
-    return cross_entropy(logits, y, reduction="none")

@@ -100,7 +100,8 @@ def _on_subject(evidence: Evidence, black: StageScores) -> Lead:
     if not pairs:
         return Comparison(0.0, 1.0), (), 0.0
     mine, theirs = [i for i, _ in pairs], [row for _, row in pairs]
-    first, second = evidence.attacked()[mine], black.score[theirs]
+    strongest = np.minimum.reduce([evidence.attacked(), *evidence.others])
+    first, second = strongest[mine], black.score[theirs]
     ids = np.asarray(evidence.subject.ids)[mine]
     return compare(first, second), _ids(ids[second < first]), len(pairs) / len(evidence.subject.ids)
 

@@ -8,14 +8,16 @@ Before a board's numbers are believed, its attacks are held against what is know
   images and attacked at the board's radius, where nothing or everything may fall, and at the median distance to its
   decision boundaries, where about half must. The attacks may leave at most `TOLERANCE` more than is true, or one
   sample, and nothing less: that would be an image outside the ball.
-* Each known-broken defense is left with less than `SHARE` of its clean accuracy, and with less than `LEFT`.
+* Each known-broken defense is left with less than `SHARE` of its clean accuracy, and with less than `LEFT`: at the
+  board's radius or, where that spares an undefended model more than `UNDEFENDED`, at the smallest doubling of it
+  that doesn't. At a radius that spares any classifier a broken defense proves nothing.
 
-Each defense faces the attacks given in turn, and the strongest candidate of each sample is judged on fresh draws; an
-attack that needs a handle which a defense doesn't offer is spared it. Fails where anything is off: an error of the
-board, never a merit of a defense.
+Each defense faces the attacks given in turn, each attack the samples that are left, and the strongest candidate of each
+sample is judged on fresh draws; an attack that needs a handle which a defense doesn't offer is spared it. Fails where
+anything is off: an error of the board, never a merit of a defense.
 
-Cost in model calls: for each known-broken defense every attack once, and a judgement for each and two more; the linear
-model's calls, two runs of every attack, are counted too.
+Cost in model calls: for each known-broken defense, and for the undefended model at each radius tried, every attack once
+with a judgement for each and two more; the linear model's calls, two runs of every attack, are counted too.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from torch.nn.functional import one_hot
 from assay.attack import Attack
 from assay.card import Card
 from assay.checks.ablations import Bare
-from assay.checks.evidence import Evidence, Scores
+from assay.checks.evidence import Evidence, Scores, whole_box
 from assay.checks.subject import Subject
 from assay.defense import Defense
 from assay.errors import ThreatViolation
@@ -44,6 +46,8 @@ from assay.threat import Norm, ThreatModel
 
 SHARE, LEFT = 0.5, 0.15
 """A known-broken defense keeps less than this share of its clean accuracy, and less than this of all samples."""
+UNDEFENDED = 0.05
+"""The most that a radius may spare of the undefended model, for known-broken defenses to be measured there."""
 TOLERANCE = 0.05
 """How much more than is true the attacks may leave of a linear model: an untargeted loss may miss the best rival."""
 SLIVER = 1e-4
@@ -107,6 +111,7 @@ def check_board(
     attacks: Sequence[tuple[Attack, Mapping[str, Any]]],
     known_broken: Mapping[str, Defense],
     *,
+    undefended: Defense | None = None,
     train: tuple[Tensor, Tensor] | None = None,
     n_draws: int = 20,
     ids: Sequence[int] | None = None,
@@ -116,8 +121,9 @@ def check_board(
     Args:
         threat: the board's.
         x, y, noise: a few of its images `(n, c, h, w)`, their labels, a stream each.
-        attacks: the board's white-box attacks with their options; a single one breaks no board of several defenses.
+        attacks: the board's attacks with their options; a single one breaks no board of several defenses.
         known_broken: defenses by name.
+        undefended: says at which radius they must fall, by default at the board's.
         train: images and labels that the linear model is fitted on, by default `x` and `y`.
         n_draws: answers a judgement takes of a stochastic defense.
         ids: the samples' ids, by default their places.
@@ -132,10 +138,19 @@ def check_board(
         subject = Subject(defense, x, y, names, noise, faced, targets)
         return Evidence(subject, attacks[0][0], n_draws=n_draws if defense.card.traits.stochastic else 1)
 
+    fatal = threat
+    if undefended is not None and known_broken:
+        widest = whole_box(threat.norm, x)
+        while fatal.eps < widest:
+            remains = float(_attacked(evidence(undefended, fatal), attacks).mean())
+            data[f"undefended at {fatal.eps}"] = {"accuracy": remains}
+            if remains <= UNDEFENDED:
+                break
+            fatal = replace(fatal, eps=min(2 * fatal.eps, widest))
     for name, defense in known_broken.items():
-        seen = evidence(defense, threat)
+        seen = evidence(defense, fatal)
         clean, left = seen.unattacked(), _attacked(seen, attacks)
-        data[name] = {"clean": float(clean.mean()), "accuracy": float(left.mean())}
+        data[f"{name} at {fatal.eps}"] = {"clean": float(clean.mean()), "accuracy": float(left.mean())}
         if left.mean() >= LEFT or left.mean() >= SHARE * clean.mean():
             faults.append(f"{name}, known to be broken, keeps {left.mean():.0%} of {clean.mean():.0%}")
             blamed |= left >= LEFT
@@ -156,6 +171,7 @@ def check_board(
             blamed |= (left > 0) != (leads < 0)
     forward = sum(int(target.calls.forward.sum()) for target in targets)
     backward = sum(int(target.calls.backward.sum()) for target in targets)
+    known = "Known-broken defenses fall, and t" if known_broken else "No known-broken defense has weights here; t"
     return Finding(
         check="calibration",
         value=off,
@@ -165,7 +181,7 @@ def check_board(
         message=(
             f"An error of the board: {'; '.join(faults)}. Repair its attacks or budgets before any row is believed."
             if faults
-            else "Known-broken defenses fall, and the attacks leave of a linear model what its closed form says."
+            else f"{known}he attacks leave of a linear model what its closed form says."
         ),
         data=data,
         forward=forward,
@@ -176,17 +192,30 @@ def check_board(
 def _attacked(evidence: Evidence, attacks: Sequence[tuple[Attack, Mapping[str, Any]]]) -> Scores:
     """The scores of each sample's strongest candidate, chosen on other draws than it is judged on."""
     subject = evidence.subject
-    best, lowest = subject.x, evidence.unattacked()
+    best, lowest = subject.x.clone(), evidence.unattacked().copy()
     for attack, options in attacks:
+        left = np.flatnonzero(lowest > 0)
+        if not len(left):
+            break
+        part = _rows(evidence, torch.from_numpy(left))
         try:
-            x_adv = replace(evidence, attack=attack, options=options).candidates()
+            x_adv = replace(part, attack=attack, options=options).candidates()
         except ThreatViolation:
             continue
-        scores = evidence.judge(x_adv)
-        lower = torch.from_numpy(scores < lowest).to(best.device)
-        best = torch.where(lower.reshape(-1, *[1] * (best.ndim - 1)), x_adv, best)
-        lowest = np.minimum(scores, lowest)
+        scores = part.judge(x_adv)
+        lower = scores < lowest[left]
+        best[torch.from_numpy(left[lower])] = x_adv[torch.from_numpy(lower)]
+        lowest[left] = np.minimum(scores, lowest[left])
     return evidence.judge(best, subject.noise.child("final"))
+
+
+def _rows(evidence: Evidence, rows: Tensor) -> Evidence:
+    """The same for some of the images: what has fallen is not attacked again."""
+    subject = evidence.subject
+    noise = Noise(subject.noise.keys[rows], torch.arange(len(rows)))
+    ids = [subject.ids[row] for row in rows.tolist()]
+    kept = replace(subject, x=subject.x[rows], y=subject.y[rows], ids=ids, noise=noise)
+    return replace(evidence, subject=kept, _known={})
 
 
 def _median_distance(linear: Linear, x: Tensor, y: Tensor, norm: Norm) -> Fraction:

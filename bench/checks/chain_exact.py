@@ -11,10 +11,16 @@ gradient are also held against those of `draw`.
 
 Fails where the gradients differ by more than `THRESHOLD` of the largest entry (`SINGLE` in single precision), the
 logits by more than `LOGITS` of their span, or the gradient of `draw` by more than `DRAWN` where none of it is declared
-non-differentiable. Costs 2 calls forward for every image, and for `IMAGES` of them 5 more and 3 backward.
+non-differentiable. Flags handles that attacks use in the defense's place and that have nothing to do with it: a
+surrogate, a relaxed process or components that answer as a draw does no more often than by chance, or that have no
+gradient. Their attacks would fail whatever the defense is worth; others stand beside them, so that this is no failure.
+Costs 2 calls forward for every image, and for `IMAGES` of them 5 more and 3 backward; 1 more forward, and 1 backward,
+for each such handle.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -24,7 +30,7 @@ from assay.checks.finite_difference import MARGIN, answers_like, precise, span
 from assay.checks.subject import Subject
 from assay.finding import Finding
 from assay.noise import Noise
-from assay.target import Forward, Target
+from assay.target import Evaluation, Forward, Target
 
 IMAGES = 2
 """Full graphs of long chains are large."""
@@ -34,12 +40,28 @@ SINGLE = 1e-3
 """The same in single precision, where long chains amplify rounding."""
 LOGITS = 1e-3
 """Largest difference of chain and draw, as a part of the logits' span, put down to float32 kernels."""
+DEAD = 0.5
+"""Share of samples without a gradient above which a handle has none."""
+CHANCE = 3.0
+"""Standard deviations above the agreement of independent answers from which on two are related."""
+FEWEST = 8
+"""Images below which an agreement says nothing."""
 DRAWN = 0.01
 """Largest relative difference of the gradients of chain and draw: well above rounding, well below another schedule."""
 
 
 def check(subject: Subject) -> Finding:
-    """Compares the chain with its own full graph and with the draw; see the module."""
+    """Compares the chain with its own full graph and with the draw, and what stands in for them; see the module."""
+    finding = _chain(subject)
+    if finding.status != "pass":
+        return finding
+    problems = _unrelated(subject)
+    if not problems:
+        return finding
+    return finding.model_copy(update={"status": "flag", "message": " ".join(problems)})
+
+
+def _chain(subject: Subject) -> Finding:
     if "chain" not in subject.defense.card.handles:
         return Finding(check="chain_exact", status="pass", message="No chain handle: there is nothing to compare.")
     target = subject.target()
@@ -84,6 +106,52 @@ def check(subject: Subject) -> Finding:
         message="The chain has the gradient of its full graph, and is the draw.",
         data=data,
     )
+
+
+def _unrelated(subject: Subject) -> list[str]:
+    """What is wrong with the handles that stand in for the defense."""
+    handles, target = subject.defense.card.handles, subject.target()
+    found: dict[str, list[Forward]] = {}
+    if "surrogate" in handles:
+        steps = len(target.handle("chain")()) if "chain" in handles else 2
+        found["surrogate"] = [target.handle("surrogate")(max(1, steps // 2))]
+    if "relaxed" in handles:
+        found["relaxed"] = [target.handle("relaxed")()]
+    if "components" in handles:
+        found["components"] = list(target.handle("components")().values())
+    drawn = target.draws(subject.x, subject.noise)[:, 0].argmax(1) if found else subject.y
+    problems = []
+    for name, parts in found.items():
+        given = [_given(subject, target, part) for part in parts]
+        if given and len(drawn) >= FEWEST and not any(_related(each.logits[:, 0].argmax(1), drawn) for each in given):
+            problems.append(
+                f"The {name} handle answers as a draw does no more often than by chance: attacks through it would "
+                "attack something else. Build it from the defense's own parts."
+            )
+        # A component may have no gradient: transfer then takes another.
+        elif given and all(_dead(each.gradient) > DEAD for each in given):
+            problems.append(f"The {name} handle has no gradient: attacks through it would stand still.")
+    return problems
+
+
+def _given(subject: Subject, target: Target, part: Forward) -> Evaluation:
+    mix = subject.noise.child("chain_exact").normal("mix", shape=(target.n_classes,), like=subject.x)
+    return target.gradient(subject.x, (mix,), lambda logits, mix: (logits * mix).sum(1), subject.noise, forward=part)
+
+
+def _related(answers: Tensor, drawn: Tensor) -> bool:
+    """Whether two sets of answers agree more often than independent ones with their frequencies would."""
+    both = int(torch.maximum(answers.amax(), drawn.amax())) + 1
+    first, second = (each.bincount(minlength=both).double() / len(drawn) for each in (answers, drawn))
+    chance = float((first * second).sum())
+    apart = CHANCE * math.sqrt(chance * (1 - chance) / len(drawn))
+    # Where nearly all answers are one class anyway, nothing could be told.
+    return chance + apart >= 1 or float((answers == drawn).double().mean()) > chance + apart
+
+
+def _dead(gradient: Tensor) -> float:
+    flat = gradient.flatten(1)
+    return float((~flat.isfinite().all(1) | (flat == 0).all(1)).double().mean())
 
 
 def by_hand(chain: Chain) -> Forward:

@@ -7,18 +7,20 @@ cheap: purifiers lost accuracy with the draws of the attack alone (Lee & Kim 202
 Measured: the cosine between estimates of disjoint draws, of 1, 4, 16 and 64 draws each, and how far joining two of them
 moves the direction of one (1 − cosine). Gradients are of the margin, taken as attacks take them (of the mean
 probability where the defense votes, which is no mean of losses and settles far more slowly), half-way to the edge of
-the threat ball along the first step.
+the threat ball along the first step. Everything is measured twice, from the same calls: averaged plainly, and with no
+draw's gradient longer than the median of its sample's (`Target.gradient`'s `clip`), as attacks average them.
 
 Two estimates of k draws with independent noise have the cosine c = ka / (ka + 1), with a = |E g|² / tr Var g, and
 doubling the draws moves them by 1 − √((1 + c) / 2). So log(c / (1 − c)) is linear in log k with slope 1. Between the
 measured numbers of draws it is interpolated with the slope that was measured: votes (a rare draw decides which class
 is the rival) and heavy tails (rare huge gradients) make it flatter, and one ratio `a` would promise too much.
-`data["closed_form"]` is what the median image's ratio would give, to be compared with `data["raw"]`. Curves are means
-over pairs and images: cosines are bounded, so no image rules, and a median would hide that an image agrees with
-itself in one pair and not in the next.
+`data["closed_form"]` is what the median image's ratio would give, to be compared with `data["raw"]`, the count of plain
+averages. Curves are means over pairs and images: cosines are bounded, so no image rules, and a median would hide that
+an image agrees with itself in one pair and not in the next.
 
-The count is the smallest of `GRID` where doubling moves the direction by under `MOVES`, at least `LEAST`.
-Flags where even 64 draws leave a cosine under `THRESHOLD`, and where there is no gradient to average; never fails.
+`data["clipped_count"]` is the smallest of `GRID` where doubling moves the direction of clipped draws by under `MOVES`;
+the count to use, `data["count"]`, is that between `LEAST` and `MOST`. Flags where even 64 clipped draws leave a cosine
+under `THRESHOLD`, and where there is no gradient to average; never fails.
 Cost per image, of at most `IMAGES`: 16 + 128 gradients, 16 + 340 where the defense votes; none if deterministic.
 """
 
@@ -55,24 +57,27 @@ GRID = (1, 2, 4, 8, 16, 20, 32, 64, 128)
 """The counts to choose from; where none is enough, the last."""
 LEAST = 20
 """The protocol's fewest draws for an attack on a stochastic defense."""
+MOST = 64
+"""The most that an attack is asked for: beyond it, steps and restarts are the better use of as many calls."""
 
 
 def check(subject: Subject) -> Finding:
     """Compares gradients of the margin between disjoint draws; see the module for what, why and how much it costs."""
     if not subject.defense.card.traits.stochastic:
-        data = {"draws": [], "cosine": [], "moves": [], "raw": 1, "count": 1}
+        data: dict[str, Any] = {"draws": [], "cosine": [], "moves": [], "clipped": [], "clipped_moves": []}
+        data |= {"raw": 1, "clipped_count": 1, "count": 1}
         return Finding(check="eot", status="pass", data=data, message="Deterministic: one gradient says it all.")
     target = subject.target()
     x, y, noise = subject.x[:IMAGES], subject.y[:IMAGES], subject.noise[:IMAGES].child("eot")
-    first = _estimates(target, x, y, noise.child("first"), FIRST, 2)
-    z = Ball(subject.threat, x).step(x, first.mean(1), float(subject.threat.eps) / 2)
+    first, clipped_first = _estimates(target, x, y, noise.child("first"), FIRST, 2)
+    z = Ball(subject.threat, x).step(x, clipped_first.mean(1), float(subject.threat.eps) / 2)
     if target.card.votes.draws == 1:
         # A mean over draws is a mean of gradients: one set of single draws gives every number of them.
-        singles = gram(_estimates(target, z, y, noise, 1, 2 * max(DRAWS)))
-        grams = [_sums(singles, k) for k in DRAWS]
-        clipped = torch.stack([cosine(clip(singles), k) for k in DRAWS])
+        singles = gram(_estimates(target, z, y, noise, 1, 2 * max(DRAWS))[0])
+        grams, clipped = ([_sums(found, k) for k in DRAWS] for found in (singles, clip(singles)))
     else:
-        grams, clipped = [gram(_estimates(target, z, y, noise.child(k), k, GROUPS)) for k in DRAWS], None
+        pairs = [_estimates(target, z, y, noise.child(k), k, GROUPS) for k in DRAWS]
+        grams, clipped = ([gram(pair[i]) for pair in pairs] for i in (0, 1))
     alive = torch.stack([found.diagonal(dim1=1, dim2=2).sum(1) > 0 for found in grams]).any(0)
     data = {"images": len(x), "alive": int(alive.sum()), "at_images": _mean(cosine(gram(first))[None])[0]}
     return _finding(subject, grams, clipped, alive, data)
@@ -81,13 +86,13 @@ def check(subject: Subject) -> Finding:
 def recommended_draws(check_data: Mapping[str, Any]) -> int:
     """The draws that each gradient of an attack should average, from this check's `Finding.data`.
 
-    To raise an attack's planned `eot` to, never to lower it. 1 for a deterministic defense; the protocol's
-    least where the check has no answer (it raised, or wasn't run).
+    To raise an attack's planned `eot` to, never to lower it, where it clips its draws. 1 for a deterministic defense;
+    the protocol's least where the check has no answer (it raised, or wasn't run).
     """
     count = check_data.get("count")
     if isinstance(count, bool) or not isinstance(count, int | float) or not count >= 1:
         return LEAST
-    return int(min(count, GRID[-1]))
+    return int(min(count, MOST))
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -182,11 +187,13 @@ def _mean_of_pairs(inner: Tensor, squared_lengths: Tensor) -> Tensor:
     return mean
 
 
-def _estimates(target: Target, z: Tensor, y: Tensor, noise: Noise, draws: int, groups: int) -> Tensor:
-    """`(n, groups, c, h, w)`: gradients at `z`, each over `draws` draws that it shares with no other."""
+def _estimates(target: Target, z: Tensor, y: Tensor, noise: Noise, draws: int, groups: int) -> tuple[Tensor, Tensor]:
+    """`(n, groups, c, h, w)`: gradients at `z`, each over `draws` draws that it shares with no other; and clipped."""
     points, labels = z.repeat_interleave(groups, 0), y.repeat_interleave(groups)
-    found = target.gradient(points, (labels,), margin, noise.draws(groups), draws=draws)
-    return found.gradient.reshape(len(z), groups, *z.shape[1:])
+    found = target.gradient(points, (labels,), margin, noise.draws(groups), draws=draws, clip=True)
+    shape = (len(z), groups, *z.shape[1:])
+    plain = found.gradient if found.unclipped is None else found.unclipped
+    return plain.reshape(shape), found.gradient.reshape(shape)
 
 
 def _mean(curves: Tensor) -> list[float]:
@@ -195,51 +202,63 @@ def _mean(curves: Tensor) -> list[float]:
 
 
 def _finding(
-    subject: Subject, grams: Sequence[Tensor], clipped: Tensor | None, alive: Tensor, data: dict[str, Any]
+    subject: Subject, grams: Sequence[Tensor], clipped: Sequence[Tensor], alive: Tensor, data: dict[str, Any]
 ) -> Finding:
-    cosines = torch.stack([cosine(found) for found in grams])
-    curve, moved = _mean(cosines[:, alive]), _mean(torch.stack([moves(found) for found in grams])[:, alive])
-    raw = enough(DRAWS, moved)
+    cosines, tamed = (torch.stack([cosine(found) for found in side]) for side in (grams, clipped))
+    moved, tamed_moved = (_mean(torch.stack([moves(found) for found in side])[:, alive]) for side in (grams, clipped))
+    some = bool(alive.any())
     # The ratio of each image is the median of what its cosines say, so that no single number of draws rules.
     odds = cosines.clamp(1e-4, 1 - 1e-6)
     ratios = (odds / (1 - odds) / torch.tensor(DRAWS).to(odds)[:, None])[:, alive]
-    ratio = round(float(ratios.quantile(0.5, dim=0).quantile(0.5)), 4) if bool(alive.any()) else 0.0
-    count = min(GRID[-1], max(LEAST, raw or GRID[-1]))
+    ratio = round(float(ratios.quantile(0.5, dim=0).quantile(0.5)), 4) if some else 0.0
+    raw, settled = enough(DRAWS, moved), enough(DRAWS, tamed_moved)
     data |= {
         "draws": list(DRAWS),
-        "cosine": curve,
+        "cosine": _mean(cosines[:, alive]),
         "moves": moved,
-        "clipped": None if clipped is None else _mean(clipped[:, alive]),
+        "clipped": _mean(tamed[:, alive]),
+        "clipped_moves": tamed_moved,
         "ratio": ratio,
         "closed_form": enough([1], [closed_form(ratio)]),
         "raw": raw,
-        "count": count if bool(alive.any()) else LEAST,
+        "clipped_count": settled,
+        "count": min(MOST, max(LEAST, settled or MOST)) if some else LEAST,
     }
+    last = data["clipped"][-1]
     below = torch.zeros(len(subject.x), dtype=torch.bool)
-    below[: len(alive)] = (cosines[-1] < THRESHOLD).cpu()
+    below[: len(alive)] = (tamed[-1] < THRESHOLD).cpu()
     return Finding(
         check="eot",
-        value=curve[-1],
+        value=last,
         threshold=THRESHOLD,
-        status="flag" if curve[-1] < THRESHOLD else "pass",
+        status="flag" if last < THRESHOLD else "pass",
         samples=subject.ids_of(below),
-        message=_message(curve[-1], raw, count, bool(alive.any())),
+        message=_message(data) if some else SILENT,
         data=data,
     )
 
 
-def _message(last: float, raw: int | None, count: int, alive: bool) -> str:
-    if not alive:
-        return (
-            "No draw has a gradient, so there is nothing to average: trust the black-box and transfer attacks, and "
-            "give a stand-in with gradients (stages, relaxed or components)."
-        )
-    agree = f"Gradients over {DRAWS[-1]} disjoint draws agree with a cosine of {last:.2f}"
+SILENT = (
+    "No draw has a gradient, so there is nothing to average: trust the black-box and transfer attacks, and "
+    "give a stand-in with gradients (stages, relaxed or components)."
+)
+
+
+def _message(data: Mapping[str, Any]) -> str:
+    last, settled, count = data["clipped"][-1], data["clipped_count"], data["count"]
+    agree = (
+        f"Gradients over {DRAWS[-1]} disjoint draws, clipped as attacks clip them, agree with a cosine of {last:.2f} "
+        f"({data['cosine'][-1]:.2f} unclipped)"
+    )
     if last < THRESHOLD:
         return (
             f"{agree}: they say little even with {count} draws. Trust the black-box attacks and the transfer from "
-            "its components, and clip or select draws before averaging."
+            "its components, and select draws before averaging."
         )
-    if raw is None:
-        return f"{agree}, and doubling still moves them at {count} draws: use {count}, and the transfer attacks beside."
-    return f"{agree}, and from {raw} draws on doubling hardly moves them: use {count} draws for each gradient."
+    if settled is None or settled > MOST:
+        return f"{agree}, and doubling still moves them at {count}: use {count} clipped draws, and transfer beside."
+    plain = f"plain averaging takes {data['raw']}" if data["raw"] else f"plain averaging takes over {GRID[-1]}"
+    return (
+        f"{agree}, and from {settled} draws on doubling hardly moves them ({plain}): use {count} clipped draws for "
+        "each gradient."
+    )

@@ -93,6 +93,7 @@ class Evidence:
         n_draws: answers a judgement takes, 1 for a deterministic defense.
         stages: every attack of the cascade, in order, on the whole board.
         clean: `(n,)`, the board's expected scores without an attack.
+        others: `(n,)` each, what the run's other white-box attacks left of the subject's images, where they were run.
     """
 
     subject: Subject
@@ -101,6 +102,7 @@ class Evidence:
     n_draws: int = 1
     stages: Mapping[str, StageScores] = field(default_factory=dict)
     clean: Scores = field(default_factory=lambda: np.zeros(0))
+    others: tuple[Scores, ...] = ()
     _known: dict[Hashable, Scores] = field(default_factory=dict, repr=False, compare=False)
 
     def of(self, defense: Defense) -> Evidence:
@@ -193,6 +195,11 @@ class Evidence:
         if not bool((excess <= TOLERANCE).all()):
             raise AttackError(f"the attack left its budget ({threat}) or the box by {float(excess.max()):.3g}.")
         return x_adv.detach()
+
+    @property
+    def made(self) -> bool:
+        """Whether any run was made."""
+        return bool(self._known)
 
     def _once(self, key: Hashable, run: Callable[[], Scores]) -> Scores:
         if key not in self._known:

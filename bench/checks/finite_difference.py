@@ -5,15 +5,19 @@ pass, or of another schedule than the one that answers. Attacks that follow it t
 nothing to do with robustness (Athalye, Carlini & Wagner 2018, "Obfuscated gradients", arXiv 1802.00420).
 
 At a point just inside the box, on fixed noise, the slope of one draw along random directions and along the gradient
-itself is compared with central differences, for the margin and for the cross-entropy. The differences are taken of a
-copy in double precision where it answers as the defense does, else of the defense with larger steps; the gradient is
-always the defense's own. The smallest step at which forward and backward difference agree decides. Where they never do,
+itself is compared with central differences, for the margin, the cross-entropy and a random mix of all logits, as
+targeted losses see those; and once more where the margin's gradient leads, near the decision boundary, where an attack
+spends its time and a gradient may be another than at the images. The differences are taken of a copy in double
+precision where it answers as the defense does, else of the defense with larger steps; the gradient is always the
+defense's own. The smallest step at which forward and backward difference agree decides. Where they never do,
 the forward pass is rounded somewhere or full of kinks: the best of the steps counts then, less what the rounding
-that shows in the second difference explains.
+that shows in the second difference explains. Such a step says nothing where it moves no logit by what half precision
+resolves, nor should have, and the first longer one that does moves them as far as the gradient told: a network in
+bfloat16 is flat over tiny steps, and its gradient right.
 
 Fails where the error exceeds `THRESHOLD` for more than `MOST` of the samples, flags above `SOME`, and where most
 samples are too rough to tell. A defense that declares the trait `non_differentiable` is measured and never failed.
-Costs 36 calls forward and 2 backward a sample.
+Costs 84 calls forward and 7 backward a sample.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +33,7 @@ from torch import Tensor
 
 from assay.checks.subject import Subject
 from assay.finding import Finding, Status
-from assay.target import Target
+from assay.target import Evaluation, Target
 
 THRESHOLD = 0.1
 """Relative error beyond which a sample's gradient is called wrong; rounding in float32 makes it 0.001 or so."""
@@ -48,8 +53,13 @@ SMOOTH, ROUGH = 0.02, 0.25
 alone, and for one that is used at all."""
 PART = 0.6
 """Independent rounding errors make the central difference this part of what they make the second difference."""
+RESOLUTION = 2**-7
+"""What bfloat16 resolves, as a part of the logits' span: a network in half precision can't show a smaller move."""
 MARGIN = 0.05
 """How far inside the box the slopes are measured, further than the largest step: at its edge a clip has two."""
+FAR, HALVINGS, INNER = 0.3, 6, 0.03
+"""How far a pixel is moved at most towards the decision boundary, how often the way there is halved, and how far from
+the box's edge it stops: the largest step."""
 SAME = 1e-3
 """Largest difference, as a part of the logits' span, at which the double-precision copy is the same function."""
 
@@ -65,32 +75,78 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits, y, reduction="none")
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"margin": margin, "cross_entropy": cross_entropy}
+Loss = Callable[[Tensor, Tensor], Tensor]
+LOSSES: dict[str, Loss] = {"margin": margin, "cross_entropy": cross_entropy}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of each sample `(n,)`: its relative error, whether that is too large, whether there was no slope to compare."""
+
+    error: Tensor
+    wrong: Tensor
+    rough: Tensor
 
 
 def check(subject: Subject) -> Finding:
     """Compares slopes with differences; see the module."""
     x = _inside(subject)
     target = subject.target()
-    given = {name: target.gradient(x, (subject.y,), loss, subject.noise) for name, loss in LOSSES.items()}
-    logits = given["margin"].logits[:, 0].double()
+    weights = subject.noise.child("finite_difference").normal("mix", shape=(target.n_classes,), like=x)[0].double()
+    losses: dict[str, Loss] = {**LOSSES, "mix": lambda logits, y: logits @ weights.to(logits.dtype)}
+    given = target.gradient(x, (subject.y,), margin, subject.noise)
+    logits = given.logits[:, 0].double()
     forward, dtype = _function(subject, target, x, logits)
+    first = _measured(subject, target, forward, x, losses, STEPS[dtype])
+    near = _undecided(subject, target, x, given)
+    second = _measured(subject, target, forward, near, losses, STEPS[dtype])
+    return _finding(subject, first, second, dtype)
+
+
+def _measured(
+    subject: Subject, target: Target, forward: Target, x: Tensor, losses: dict[str, Loss], sizes: tuple[float, ...]
+) -> _Measured:
+    """Slopes of the target against differences of `forward`, which takes float64 or float32."""
+    exact = x.double() if forward is not target else x
+    given = {name: target.gradient(x, (subject.y,), loss, subject.noise) for name, loss in losses.items()}
+    logits = given["margin"].logits[:, 0].double()
     directions = [*_random(subject, x), _widest(given["margin"].gradient)]
-    answers = [_around(forward, x.to(dtype), directions, step, subject) for step in STEPS[dtype]]
-    middle = forward.draws(x.to(dtype), subject.noise)[:, 0].double()
+    answers = [_around(forward, exact, directions, step, subject) for step in sizes]
+    middle = forward.draws(exact, subject.noise)[:, 0].double()
+    promised = _along(given["margin"].gradient, directions)
+    mute = _mute(answers, middle, promised, sizes, RESOLUTION * span(logits))
+    # Seen to be rounded: of differences over a step so much is rounding, at a quarter of half precision's.
+    rounded = mute[0] & (answers[0] == middle).flatten(0, 1).all(2).all(0)
+    slack = [rounded * RESOLUTION * span(logits) / (4 * step) for step in sizes]
     errors, rough = [], []
-    for name, loss in LOSSES.items():
-        slopes = torch.stack([(given[name].gradient.double() * each).flatten(1).sum(1) for each in directions])
-        pairs = [
-            _differences(up_down, middle, step, loss, subject.y)
-            for step, up_down in zip(STEPS[dtype], answers, strict=True)
-        ]
-        worst, unclear = _compare(slopes, pairs, FLAT * span(logits))
+    for name, loss in losses.items():
+        pairs = [_differences(each, middle, step, loss, subject.y) for step, each in zip(sizes, answers, strict=True)]
+        worst, unclear = _compare(_along(given[name].gradient, directions), pairs, mute, slack, FLAT * span(logits))
         errors.append(worst)
         rough.append(unclear)
     error = torch.stack(errors).amax(0)
     wrong = error > THRESHOLD
-    return _finding(subject, wrong, torch.stack(rough).any(0) & ~wrong, error, dtype)
+    return _Measured(error, wrong, torch.stack(rough).any(0) & ~wrong)
+
+
+def _undecided(subject: Subject, target: Target, x: Tensor, given: Evaluation) -> Tensor:
+    """Points as an attack reaches them: from `x` along the gradient to where right and wrong class nearly tie.
+
+    As far as `FAR` where they never do. Pixels that would leave the box stay where they are, or they would tie.
+    """
+    way = torch.sign(given.gradient.nan_to_num()) * torch.where(given.loss < 0, 1.0, -1.0)[:, None, None, None]
+
+    def at(far: Tensor) -> Tensor:
+        moved = x + far.to(x)[:, None, None, None] * way
+        return torch.where((moved - 0.5).abs() > 0.5 - INNER, x, moved)
+
+    low, high = torch.zeros(len(x), device=x.device), torch.full((len(x),), FAR, device=x.device)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        loss = margin(target.draws(at(middle), subject.noise)[:, 0], subject.y)
+        crossed = (loss > 0) != (given.loss > 0)
+        low, high = torch.where(crossed, low, middle), torch.where(crossed, middle, high)
+    return at(low)
 
 
 def span(logits: Tensor) -> Tensor:
@@ -157,32 +213,59 @@ def _around(forward: Target, x: Tensor, directions: list[Tensor], step: float, s
     return logits.reshape(2, len(directions), *logits.shape[1:])
 
 
-def _differences(
-    answers: Tensor, middle: Tensor, step: float, loss: Callable[[Tensor, Tensor], Tensor], y: Tensor
-) -> tuple[Tensor, Tensor]:
+def _differences(answers: Tensor, middle: Tensor, step: float, loss: Loss, y: Tensor) -> tuple[Tensor, Tensor]:
     """Central differences, and how far the one-sided ones lie from them, `(directions, n)` each."""
     up, down = (torch.stack([loss(logits, y) for logits in side]) for side in answers)
     return (up - down) / (2 * step), (up - 2 * loss(middle, y) + down).abs() / (2 * step)
 
 
-def _compare(slopes: Tensor, pairs: list[tuple[Tensor, Tensor]], flat: Tensor) -> tuple[Tensor, Tensor]:
+def _along(gradient: Tensor, directions: list[Tensor]) -> Tensor:
+    """Slopes along directions, `(directions, n)`."""
+    return torch.stack([(gradient.double() * each).flatten(1).sum(1) for each in directions])
+
+
+def _mute(
+    answers: list[Tensor], middle: Tensor, promised: Tensor, sizes: tuple[float, ...], resolution: Tensor
+) -> list[Tensor]:
+    """For each step the rows `(n,)` of which it says nothing: hardly moved, as told, and soon moved as told.
+
+    A function that no step moves is flat, and one that first moves by a leap is quantised, whatever its gradient says.
+    """
+    moves = [_size((up_down - middle).abs().amax(3).amax(0)[:RANDOM]) for up_down in answers]
+    still = [move < resolution for move in moves]
+    # Logits far apart are no sign of rounding: what a long step moves must stay, to the last bit, over a short one.
+    moving, stays = answers[-1] != middle, answers[0] == middle
+    coarse = 2 * (moving & stays).sum((0, 1, 3)) >= moving.sum((0, 1, 3))
+    found, soon = [], moves[-1] > 0  # or as far as can be seen: the longest step too may be too short
+    for i in reversed(range(len(sizes))):
+        told = sizes[i] * _size(promised[:RANDOM])
+        soon = torch.where(still[i], soon, moves[i] <= told + 2 * resolution)
+        found.append(coarse & still[i] & soon & (told < resolution))
+    return found[::-1]
+
+
+def _compare(
+    slopes: Tensor, pairs: list[tuple[Tensor, Tensor]], mute: list[Tensor], slack: list[Tensor], flat: Tensor
+) -> tuple[Tensor, Tensor]:
     """Relative error of each sample `(n,)`, and where no step has a slope to compare with.
 
     Random directions are taken together, and apart from the gradient's own, whose slope is so much larger.
     """
     error = torch.full_like(flat, torch.inf)
     settled = torch.zeros_like(flat, dtype=torch.bool)
-    for central, bend in pairs:
-        parts, doubts = [], []
+    for (central, bend), nothing, less in zip(pairs, mute, slack, strict=True):
+        parts, doubts, scale = [], [], flat
         for rows in (slice(0, RANDOM), slice(RANDOM, None)):
             analytic, numeric = _size(slopes[rows]), _size(central[rows])
-            scale = torch.maximum(torch.maximum(analytic, numeric), flat)
-            parts.append(_size(slopes[rows] - central[rows]) / scale)
+            # Of the second group too: the margin's own direction may be no more than another to a mix of logits.
+            scale = torch.maximum(torch.maximum(analytic, numeric), scale)
+            parts.append((_size(slopes[rows] - central[rows]) - less).clamp_min(0) / scale)
             doubts.append(_size(bend[rows]) / scale)
         numeric = _size(central[:RANDOM])
         smooth = (numeric > flat) & (_size(bend[:RANDOM]) <= SMOOTH * numeric)
+        smooth &= ~(nothing & (central[:RANDOM] == 0).any(0))  # rounded moves that are equal by chance
         worst, doubt = torch.stack(parts).amax(0), torch.stack(doubts).amax(0)
-        excused = torch.where(doubt <= ROUGH, (worst - PART * doubt).clamp_min(0), torch.inf)
+        excused = torch.where((doubt <= ROUGH) & ~nothing, (worst - PART * doubt).clamp_min(0), torch.inf)
         error = torch.where(settled, error, torch.where(smooth, worst, torch.minimum(error, excused)))
         settled |= smooth
     known = error.isfinite()
@@ -194,20 +277,24 @@ def _size(slopes: Tensor) -> Tensor:
     return torch.nan_to_num(slopes, nan=1e30, posinf=1e30, neginf=-1e30).square().mean(0).sqrt()
 
 
-def _finding(subject: Subject, wrong: Tensor, rough: Tensor, error: Tensor, dtype: torch.dtype) -> Finding:
-    share, unclear = float(wrong.double().mean()), float(rough.double().mean())
+def _finding(subject: Subject, first: _Measured, second: _Measured, dtype: torch.dtype) -> Finding:
+    shares = [float(each.wrong.double().mean()) for each in (first, second)]
+    worst, share = (first, shares[0]) if shares[0] >= shares[1] else (second, shares[1])
+    unclear = float(first.rough.double().mean())
     declared = subject.defense.card.traits.non_differentiable
     status: Status = "pass"
     if not declared and (share > SOME or unclear > UNCLEAR):
         status = "fail" if share > MOST else "flag"
+    where = "" if worst is first else " near the decision boundary"
     if declared and share > SOME:
         message = (
             f"The gradient of {share:.0%} of the samples isn't the forward pass's, as non_differentiable declares."
         )
     elif share > SOME:
         message = (
-            f"For {share:.0%} of the samples the gradient is not the slope of the forward pass: remove hooks, detached "
-            "parts and custom backward passes, or declare the trait non_differentiable so that other attacks are added."
+            f"For {share:.0%} of the samples the gradient is not the slope of the forward pass{where}: remove hooks, "
+            "detached parts and custom backward passes, or declare the trait non_differentiable so that other attacks "
+            "are added."
         )
     elif status == "flag":
         message = (
@@ -221,11 +308,12 @@ def _finding(subject: Subject, wrong: Tensor, rough: Tensor, error: Tensor, dtyp
         value=share,
         threshold=MOST,
         status=status,
-        samples=subject.ids_of(wrong),
+        samples=subject.ids_of(worst.wrong),
         message=message,
         data={
-            "median_error": float(error.median()),
-            "largest_error": float(error.max()),
+            "median_error": float(worst.error.median()),
+            "largest_error": float(worst.error.max()),
+            "wrong": {"image": shares[0], "boundary": shares[1]},
             "unclear": unclear,
             "double_precision": dtype == torch.float64,
         },

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import torch
+from torch import Tensor
 
+from assay.checks.agreement import change
+from assay.checks.ambient import generators
 from assay.checks.subject import Subject, gap
 from assay.finding import Finding
 
 THRESHOLD = 1e-5
 """Largest difference of probabilities put down to floating point."""
 
+TOKEN = 1e-4
+"""Largest change, of probabilities or a tenth of the logits' relative one, that is no randomness: a token of noise
+would spare a defense the attacks on deterministic ones."""
+
+NEAR = 0.05
+"""Standard deviation of the noise that leads off the data."""
+
 
 def check(subject: Subject) -> Finding:
-    """Calls the defense twice with the same noise, then with other noise, and watches the global generator.
+    """Calls the defense twice with the same noise, then with other noise, and watches the global generators.
 
-    Fails where the same noise gives different answers (a hidden generator: nothing could be
-    replayed), where a defense declared deterministic varies or one declared stochastic never
-    does, or where a global generator (torch's, NumPy's or Python's) is left in another state.
-    Votes may be unanimous on clean images: there it is single draws that must vary. Costs 3n
-    forward calls, and 2n draws where the answers are the same.
+    Noise that begins where an attack leads is noise all the same, so the same is asked at images `NEAR` of noise away.
+    Fails where the same noise gives different answers (a hidden generator: nothing could be replayed), where a defense
+    declared deterministic varies or one declared stochastic never does, or where a global generator (torch's, NumPy's
+    or Python's) is left in another state. Votes may be unanimous on clean images: there it is single draws that must
+    vary. Costs 6n forward calls, and 2n draws where the answers are the same.
     """
-    before = _generators()
-    first, again = subject.answer(), subject.answer()
-    drawn = [name for name, state in _generators().items() if state != before[name]]
-    other = subject.answer(noise=subject.noise.child("other"))
-    replay, varies = gap(first, again), gap(first, other)
+    before = generators()
+    x, other = subject.x, subject.noise.child("other")
+    near = (x + NEAR * subject.noise.child("near").normal(shape=x.shape[1:], like=x)).clamp(0, 1)
+    places = (x, near)
+    pairs = [(subject.answer(x=place), subject.answer(x=place)) for place in places]
+    drawn = [name for name, state in generators().items() if state != before[name]]
+    replay = torch.stack([_apart(first, again) for first, again in pairs]).amax(0)
+    others = [subject.answer(x=place, noise=other) for place in places]
+    varies = torch.stack([_apart(first, each) for (first, _), each in zip(pairs, others, strict=True)]).amax(0)
     stochastic = subject.defense.card.traits.stochastic
     if bool((replay > THRESHOLD).any()):
         return _failed(
@@ -43,8 +54,9 @@ def check(subject: Subject) -> Finding:
             "Declared deterministic, but the answer changes with the noise: declare the trait 'stochastic'.",
             subject.ids_of(varies > THRESHOLD),
         )
-    if stochastic and not bool((first != other).any()) and not _draws_vary(subject):
-        return _failed(0.0, "Declared stochastic, but the answer never changes with the noise: drop the trait.")
+    moved = max(float(change(first, each).max()) for (first, _), each in zip(pairs, others, strict=True))
+    if stochastic and moved <= TOKEN and not _draws_vary(subject, near):
+        return _failed(moved, "Declared stochastic, but the answer never changes with the noise: drop the trait.")
     return Finding(
         check="honest_randomness",
         value=float(replay.max()),
@@ -54,24 +66,17 @@ def check(subject: Subject) -> Finding:
     )
 
 
-def _generators() -> dict[str, object]:
-    """The state of every global generator that a defense could draw from, in a form that compares."""
-    kind, keys, position, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - the legacy one is the global one
-    states: dict[str, object] = {
-        "torch": torch.random.get_rng_state().numpy().tobytes(),
-        "NumPy": (kind, np.asarray(keys).tobytes(), position, *rest),
-        "Python": random.getstate(),
-    }
-    if torch.cuda.is_initialized():
-        states["CUDA"] = b"".join(state.numpy().tobytes() for state in torch.cuda.get_rng_state_all())
-    return states
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    """The change of probabilities, or a hundredth of the logits' relative one, which no scale of them hides."""
+    return torch.maximum(gap(a, b), 0.1 * change(a, b)).cpu()
 
 
-def _draws_vary(subject: Subject) -> bool:
-    if subject.defense.card.votes.draws == 1:
+def _draws_vary(subject: Subject, near: Tensor) -> bool:
+    if subject.votes == 1:
         return False
-    first, other = (subject.target().draws(subject.x, subject.noise.child(name)) for name in ("one", "two"))
-    return bool((first != other).any())
+    target = subject.target()
+    first, other = (target.draws(near, subject.noise.child(name))[:, 0] for name in ("one", "two"))
+    return bool((change(first, other) > TOKEN).any())
 
 
 def _failed(value: float, message: str, ids: tuple[int, ...] = ()) -> Finding:

@@ -100,7 +100,7 @@ def _faults(subject: Subject, way: _Way) -> dict[str, Tensor]:
         if "an answer changed by a later call" not in faults and not way.may_return_images:
             x.copy_(1 - x)
             faults |= _moved("the answer is a view of the images", first, kept)
-    _charge(subject, 2 * way.cost)
+    subject.charge(2 * way.cost)
     return faults
 
 
@@ -108,7 +108,7 @@ def _leaf_faults(subject: Subject) -> dict[str, Tensor]:
     """What a draw of a leaf that requires gradients changes, beside its values."""
     every = torch.ones(len(subject.x), dtype=torch.bool)
     leaf, plain = subject.x.clone().requires_grad_(), subject.x.clone()
-    _charge(subject, 2)
+    subject.charge(2)
     try:
         with torch.enable_grad():
             subject.defense.draw(leaf, subject.noise)
@@ -130,7 +130,3 @@ def _moved(what: str, now: Tensor, then: Tensor) -> dict[str, Tensor]:
         return {what: torch.ones(len(then), dtype=torch.bool)}
     rows = ((now != then) & ~(now.isnan() & then.isnan())).flatten(1).any(1).cpu()
     return {what: rows} if bool(rows.any()) else {}
-
-
-def _charge(subject: Subject, cost: int) -> None:
-    subject._counted().calls.forward += torch.bincount(subject.noise.slots, minlength=len(subject.x)) * cost

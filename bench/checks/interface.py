@@ -31,6 +31,9 @@ def check(subject: Subject) -> Finding:
         if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
             came = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
             return _failed(f"expected logits of shape {expected} (n, k), got {came}", ids)
+        if type(logits) is not torch.Tensor:
+            # A subclass decides for itself what a loss of it is.
+            return _failed(f"expected a plain tensor, got a {type(logits).__name__}", ids)
         if not logits.is_floating_point():
             return _failed(f"expected floating-point logits, got {logits.dtype}", ids)
         finite = logits.isfinite().all(1)

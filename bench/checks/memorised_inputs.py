@@ -60,25 +60,25 @@ def check(subject: Subject) -> Finding:
     def draw(x: Tensor, noise: Noise) -> Tensor:
         return target.draws(x, noise)[:, 0]
 
-    at_test = torch.stack([_alone(draw, subject.x, noise, scale) for scale in SCALES])
-    at_near = torch.stack([_alone(draw, near, noise, scale) for scale in SCALES])
+    at_test = torch.stack([alone(draw, subject.x, noise, scale) for scale in SCALES])
+    at_near = torch.stack([alone(draw, near, noise, scale) for scale in SCALES])
     if subject.votes > 1:
 
         def vote(x: Tensor, noise: Noise) -> Tensor:
             return subject.answer(x=x, noise=noise)
 
-        at_test = torch.cat([at_test, _alone(vote, subject.x, noise, VOTED)[None]])
-    alone, elsewhere = at_test.any(0), int(at_near.any(0).sum())
-    n = len(alone)
+        at_test = torch.cat([at_test, alone(vote, subject.x, noise, VOTED)[None]])
+    standing, elsewhere = at_test.any(0), int(at_near.any(0).sum())
+    n = len(standing)
     allowed = n if elsewhere == n else wrong_at_most(n, elsewhere / n) if elsewhere else 0
-    found = int(alone.sum())
+    found = int(standing.sum())
     flagged = found > allowed
     return Finding(
         check="memorised_inputs",
         value=float(found),
         threshold=float(allowed),
         status="flag" if flagged else "pass",
-        samples=subject.ids_of(alone) if flagged else (),
+        samples=subject.ids_of(standing) if flagged else (),
         message=(
             f"The answers at {found} of {n} test images are shared by no image beside them, as those of a lookup would "
             f"be ({elsewhere} of {n} images nearby stand alone so). Remove whatever recognises test images: the "
@@ -94,7 +94,7 @@ def check(subject: Subject) -> Finding:
     )
 
 
-def _alone(answer: Answer, x: Tensor, noise: Noise, scale: float) -> Tensor:
+def alone(answer: Answer, x: Tensor, noise: Noise, scale: float) -> Tensor:
     """`(n,)`: where every moved image has another answer than `x`, and they agree among themselves."""
     here = answer(x, noise)
     moved = [answer(image, noise) for image in _moves(x, noise.child("moves"), scale)]

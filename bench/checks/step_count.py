@@ -8,37 +8,41 @@ and of the chain, and against the card.
 Counted are the rows that pass each module with parameters, per image, and apart from modules the rows of convolutions
 and affine maps, for networks that are used without being called. Fails where a module's count differs between the
 four; an answer of several votes may share work between them, but not take less than a draw or more than all of them.
-Flags where `network_calls` lies outside every reading of the counts, and where the surrogate is no shorter than the
-chain. A reading takes a called module as one network, or, where parts of it are called more often than itself, adds its
-parts up; so a network of many layers has one, a purifier with its classifier a few. `None` on the card is not read.
+Fails too where a backward pass runs a network that the forward pass doesn't, or one again, but fewer than half as
+often (checkpoints may spare some of the calls): then the gradient is another process's. And where the card declares
+more calls than a draw makes and the surrogate handle, asked for so many steps, makes them: what answers is then a
+shortened process that passes for the declared one.
 
-Costs, for `IMAGES` images, one answer with its votes, as many draws again, 3 draws, and one of the surrogate.
+Flags where `network_calls` lies outside every reading of the counts otherwise: what answers is also what is attacked,
+so that no accuracy is wrong, only the cost on the card, or what it is read as. Also where the surrogate is no shorter
+than the chain, or never runs a network that a draw does, and where the stages run one at another rate than a draw:
+handles that serve some attacks beside others. A reading takes a called module as one network, or, where parts of it
+are called more often than itself, adds its parts up; so a network of many layers has one, a purifier with its
+classifier a few. `None` on the card is not read.
+
+Costs, for `IMAGES` images, one answer with its votes, as many draws again, 3 draws, up to 2 of the surrogate, 1 of the
+stages, and a gradient of the draw and of the chain.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
 from assay.chain import Chain
+from assay.checks.counting import SLACK, Counts, count, hooked, readings
 from assay.checks.subject import Subject
+from assay.defense import Stages
+from assay.errors import AssayError
 from assay.finding import Finding, Status
 from assay.noise import Noise
+from assay.target import Forward
 
 IMAGES = 4
 """Counts don't depend on the image but for adaptive processes."""
-SLACK = 0.5
-"""Half a call: rows that several images share (a time embedding) make fractions."""
-OPERATIONS = ("convolution", "addmm")
-"""What layers become, and what no backward pass uses."""
-
-Counts = dict[str, float]
 
 
 def check(subject: Subject) -> Finding:
@@ -53,17 +57,17 @@ def check(subject: Subject) -> Finding:
         with torch.enable_grad():
             return defense.draw(x.detach().requires_grad_(), noise).detach()
 
-    answered = _count(defense, n, lambda: subject.answer(slice(0, n)))
-    drawn = _count(defense, n, lambda: target.draws(repeated, folded))
-    plain = _count(defense, n, lambda: target.draws(x, noise)) if votes > 1 else drawn
+    answered = count(defense, n, lambda: subject.answer(slice(0, n)))
+    drawn = count(defense, n, lambda: target.draws(repeated, folded))
+    plain = count(defense, n, lambda: target.draws(x, noise)) if votes > 1 else drawn
     once = {name: count / votes for name, count in drawn.items()}
     chain: Chain | None = target.handle("chain")() if "chain" in defense.card.handles else None
     ways = {
         "the answer": (_nearest(answered, once, drawn), answered),
-        "a draw whose gradient is wanted": (plain, _count(defense, n, lambda: target.draws(x, noise, forward=graph))),
+        "a draw whose gradient is wanted": (plain, count(defense, n, lambda: target.draws(x, noise, forward=graph))),
     }
     if chain is not None:
-        ways["the chain"] = (plain, _count(defense, n, lambda: target.draws(x, noise, forward=chain)))
+        ways["the chain"] = (plain, count(defense, n, lambda: target.draws(x, noise, forward=chain)))
     data: dict[str, Any] = {"calls": _called(plain)}
     for name, (expected, got) in ways.items():
         other = _differing(expected, got)
@@ -83,9 +87,21 @@ def check(subject: Subject) -> Finding:
             )
     low, high = readings(defense, plain)
     declared = defense.card.network_calls
+    failed = _backwards(subject, x, noise, plain, chain) or _passed_off(subject, declared, high, x, noise)
+    if failed:
+        return Finding(
+            check="step_count",
+            value=high,
+            threshold=None if declared is None else float(declared),
+            status="fail",
+            samples=tuple(subject.ids[:n]),
+            message=failed,
+            data=data,
+        )
     problem = _against_card(declared, low, high)
     if chain is not None and not problem:
         problem = _shorter(subject, chain, plain, x, noise) or _declared_twice(chain, declared)
+    problem = problem or _staged(subject, plain, x, noise)
     status: Status = "flag" if problem else "pass"
     return Finding(
         check="step_count",
@@ -100,35 +116,6 @@ def check(subject: Subject) -> Finding:
 def _nearest(counts: Counts, low: Counts, high: Counts) -> Counts:
     """The counts between two bounds that are nearest to these."""
     return {name: min(max(counts.get(name, 0.0), low[name]), high[name]) for name in high}
-
-
-def readings(defense: nn.Module, counts: Counts) -> tuple[float, float]:
-    """The fewest and the most network calls of one draw that the counts allow."""
-    low, high = _children(defense, "", counts)
-    uncalled = [name for name, module in defense.named_modules() if name and not counts.get(name) and _own(module)]
-    # A layer that isn't called may be used by hand: any of the operations may be a network then.
-    return low, high + (sum(counts.get(f"all {name}", 0.0) for name in OPERATIONS) if uncalled else 0.0)
-
-
-def _own(module: nn.Module) -> bool:
-    """Whether a module has parameters itself."""
-    return next(module.parameters(recurse=False), None) is not None
-
-
-def _children(module: nn.Module, prefix: str, counts: Counts) -> tuple[float, float]:
-    """The parts are one network, called as often as any of them is, or each is its own."""
-    read = [_reading(child, f"{prefix}{name}", counts) for name, child in module.named_children()]
-    return max((low for low, _ in read), default=0.0), sum(high for _, high in read)
-
-
-def _reading(module: nn.Module, name: str, counts: Counts) -> tuple[float, float]:
-    own = counts.get(name, 0.0)
-    low, high = _children(module, f"{name}.", counts)
-    inner = max((count for key, count in counts.items() if key.startswith(f"{name}.")), default=0.0)
-    if not own:
-        return low, high
-    # Parts that are called more often than the whole: a process with networks inside, or a layer used repeatedly.
-    return (own, max(own, high)) if inner > own + SLACK else (own, own)
 
 
 def _against_card(declared: int | None, low: float, high: float) -> str:
@@ -150,14 +137,103 @@ def _declared_twice(chain: Chain, declared: int | None) -> str:
     return f"The card declares {declared} network calls a draw, the chain {chain.network_calls}: correct one of them."
 
 
+def _backwards(subject: Subject, x: Tensor, noise: Noise, plain: Counts, chain: Chain | None) -> str:
+    """What is wrong with the calls of a backward pass; a declared approximation may run what it likes."""
+    if subject.defense.card.traits.non_differentiable:
+        return ""
+    target = subject.target()
+    ways: dict[str, Forward] = {"draw": target.defense.draw}
+    if chain is not None:
+        ways["chain"] = chain
+    mix = noise.child("step_count").normal("mix", shape=(target.n_classes,), like=x)
+
+    for name, forward in ways.items():
+        before: Counts = {}
+
+        def told(x: Tensor, noise: Noise, forward: Forward = forward, before: Counts = before) -> Tensor:
+            rows: defaultdict[str, float] = defaultdict(float)
+            with hooked(target.defense, rows):
+                answer = forward(x, noise)
+            before.update({key: before.get(key, 0.0) + count for key, count in rows.items()})
+            assert isinstance(answer, Tensor)
+            return answer
+
+        def both(told: Forward = told) -> None:
+            target.gradient(x, (mix,), lambda logits, mix: (logits * mix).sum(1), noise, forward=told)
+
+        whole = count(subject.defense, len(x), both)
+        for key in sorted(whole, key=lambda key: key.count(".")):
+            forwards = before.get(key, 0.0) / len(x)
+            again = whole[key] - forwards
+            # Operations apart from modules are not compared: a derivative of a convolution is made of convolutions.
+            if not key.startswith("all ") and 1e-6 < again < 0.5 * forwards - 1e-6:
+                return (
+                    f"The {name}'s backward pass runs {key} {again:g} times an image, its forward pass {forwards:g} "
+                    "times: differentiate the process that answers, or declare the trait non_differentiable."
+                )
+            if not key.startswith("all ") and again > 1e-6 and not plain.get(key):
+                return (
+                    f"The {name}'s backward pass runs {key}, which the forward pass doesn't: differentiate the "
+                    "process that answers, or declare the trait non_differentiable."
+                )
+    return ""
+
+
+def _passed_off(subject: Subject, declared: int | None, high: float, x: Tensor, noise: Noise) -> str:
+    """Whether the process of the card is there, behind the surrogate handle, and a shorter one answers."""
+    if declared is None or not high or declared <= high + SLACK or "surrogate" not in subject.defense.card.handles:
+        return ""
+    target = subject.target()
+    try:
+        longer: Chain = target.handle("surrogate")(declared)
+        counted = count(subject.defense, len(x), lambda: target.draws(x, noise, forward=longer))
+    except AssayError:  # it can't be had as long
+        return ""
+    most = readings(subject.defense, counted)[1]
+    if most <= high + SLACK:
+        return ""
+    return (
+        f"The card declares {declared} network calls a draw, a draw makes {high:g}, and the surrogate handle has "
+        f"{most:g} where it is asked for as many steps: a shortened process answers in the declared one's name."
+    )
+
+
+def _staged(subject: Subject, plain: Counts, x: Tensor, noise: Noise) -> str:
+    if "stages" not in subject.defense.card.handles:
+        return ""
+    target = subject.target()
+    stages: Stages = target.handle("stages")()
+    counted = count(
+        subject.defense,
+        len(x),
+        lambda: target.draws(x, noise, forward=lambda x, noise: stages.classify(stages.purify(x, noise), noise)),
+    )
+    other = _differing(plain, counted)
+    if not other:
+        return ""
+    return (
+        f"Purifier and classifier of the stages handle run {other} {counted.get(other, 0.0):g} times an image, a draw "
+        f"{plain.get(other, 0.0):g} times: attacks through the stages attack another process; let them be the draw's."
+    )
+
+
 def _shorter(subject: Subject, chain: Chain, plain: Counts, x: Tensor, noise: Noise) -> str:
     steps = max(1, len(chain) // 2)
     if "surrogate" not in subject.defense.card.handles or steps >= len(chain):
         return ""
     target = subject.target()
     surrogate: Chain = target.handle("surrogate")(steps)
-    counted = _count(subject.defense, len(x), lambda: target.draws(x, noise, forward=surrogate))
-    if sum(counted.values()) < sum(plain.values()) or not any(plain.values()):
+    counted = count(subject.defense, len(x), lambda: target.draws(x, noise, forward=surrogate))
+    if not any(plain.values()):
+        return ""
+    outermost = sorted(plain, key=lambda key: (key.startswith("all "), key.count("."), key))
+    left_out = next((key for key in outermost if plain[key] and not counted.get(key)), "")
+    if left_out:
+        return (
+            f"A surrogate of {steps} steps never runs {left_out}, which a draw runs {plain[left_out]:g} times an "
+            "image: let it be the same process in fewer steps."
+        )
+    if sum(counted.values()) < sum(plain.values()):
         return ""
     return (
         f"A surrogate of {steps} steps runs the networks as often as the chain of {len(chain)}: attacks through it "
@@ -180,58 +256,3 @@ def _differing(expected: Counts, got: Counts) -> str:
     names = sorted({*expected, *got}, key=lambda name: (name.startswith("all "), name.count("."), name))
     # Counts are rows over images: exact but for their own division.
     return next((k for k in names if abs(expected.get(k, 0.0) - got.get(k, 0.0)) > 1e-6 * expected.get(k, 1.0)), "")
-
-
-def _count(defense: nn.Module, n: int, run: Callable[[], object]) -> Counts:
-    """Rows that pass each module with parameters, and each kind of operation, over n."""
-    rows: defaultdict[str, float] = defaultdict(float)
-    with _hooked(defense, rows), _Operations(rows), _no_fast_path():
-        run()
-    return {name: count / n for name, count in rows.items()}
-
-
-@contextmanager
-def _hooked(defense: nn.Module, rows: defaultdict[str, float]) -> Iterator[None]:
-    hooks = []
-    try:
-        for name, module in defense.named_modules():
-            if name and next(module.parameters(), None) is not None:
-                hooks.append(module.register_forward_hook(_tally(name, rows)))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _tally(name: str, rows: defaultdict[str, float]) -> Callable[[nn.Module, Any, Any], None]:
-    def tally(module: nn.Module, given: Any, made: Any) -> None:
-        first = made[0] if isinstance(made, tuple | list) and made else made
-        rows[name] += len(first) if isinstance(first, Tensor) and first.ndim else 1
-
-    return tally
-
-
-@contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Attention by its parts: without gradients torch would fuse a layer, whose parts are then never called."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-class _Operations(TorchDispatchMode):
-    """Counts the rows that convolutions and affine maps make."""
-
-    def __init__(self, rows: defaultdict[str, float]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.rows = rows
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        name = func._schema.name.removeprefix("aten::")
-        if name in OPERATIONS and isinstance(made, Tensor) and made.ndim:
-            self.rows[f"all {name}"] += len(made)
-        return made

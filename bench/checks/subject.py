@@ -8,11 +8,39 @@ from fractions import Fraction
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from assay.checks.ambient import Ambient
 from assay.defense import Defense
 from assay.noise import Noise
-from assay.target import Target
+from assay.target import Evaluation, Target
 from assay.threat import ThreatModel
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question and its answer, in memory that nobody else has.
+
+    Attributes:
+        x, noise: what was asked, of some of the subject's images `x` as `images`.
+        logits: `(n, k)`, detached.
+        gradient: `(n, c, h, w)` of the cross-entropy, where it was asked for.
+    """
+
+    images: Tensor
+    x: Tensor
+    noise: Noise
+    logits: Tensor
+    gradient: Tensor | None = None
+
+
+@dataclass
+class Memory:
+    """The very first answer and gradient that a defense gave, and how often it was asked for them again."""
+
+    answer: Asked | None = None
+    gradient: Asked | None = None
+    asked_again: int = 0
 
 
 @dataclass(frozen=True)
@@ -25,6 +53,8 @@ class Subject:
         noise: n rows, a stream that nothing else uses.
         threat: the board's.
         targets: those that checks were handed; their calls are the examination's cost.
+        memory: what the defense said first; `constancy` asks again.
+        ambient: the process as it was before the defense was called.
     """
 
     defense: Defense
@@ -34,6 +64,8 @@ class Subject:
     noise: Noise
     threat: ThreatModel = field(default_factory=lambda: ThreatModel("linf", Fraction(1, 10)))
     targets: list[Target] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
+    ambient: Ambient = field(default_factory=Ambient)
 
     def target(self, *, white_box: bool = True) -> Target:
         """The defense as an attack sees it; its calls count as the examination's."""
@@ -58,10 +90,26 @@ class Subject:
         streams = self.noise if noise is None else noise
         images = self.x if x is None else x
         counted = self._counted()
+        asked, stream = images[rows], streams[rows]
+        # Copies are made before the call, which may write to what it is given.
+        kept = self._copies(asked, stream) if self.memory.answer is None and len(asked) else None
         with torch.no_grad():
-            logits: Tensor = self.defense(images[rows], streams[rows])
-        counted.calls.forward += torch.bincount(streams[rows].slots, minlength=len(self.x)) * self.votes
+            logits: Tensor = self.defense(asked, stream)
+        counted.calls.forward += torch.bincount(stream.slots, minlength=len(self.x)) * self.votes
+        if kept is not None and isinstance(logits, Tensor):
+            self.memory.answer = Asked(*kept, logits.detach().clone())
         return logits
+
+    def gradient(self) -> Evaluation:
+        """One draw's cross-entropy and its gradient, at all images with the subject's noise."""
+        kept = self._copies(self.x, self.noise)
+        found = self.target().gradient(self.x, (self.y,), cross_entropy, self.noise)
+        if self.memory.gradient is None:
+            self.memory.gradient = Asked(*kept, found.logits[:, 0].clone(), found.gradient.clone())
+        return found
+
+    def _copies(self, x: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Noise]:
+        return self.x.clone(), x.clone(), Noise(noise.keys.clone(), noise.slots.clone())
 
     @property
     def votes(self) -> int:
@@ -72,9 +120,18 @@ class Subject:
         """The sample ids where a boolean mask over the rows holds."""
         return tuple(self.ids[i] for i in mask.nonzero().flatten().tolist())
 
+    def charge(self, cost: int) -> None:
+        """Counts so many forward calls of every image, which the defense answered by a way of its own."""
+        self._counted().calls.forward += torch.bincount(self.noise.slots, minlength=len(self.x)) * cost
+
     def _counted(self) -> Target:
         """The target in whose name answers without chunks are counted."""
         return self.targets[0] if self.targets else self.target()
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """`(n,)`."""
+    return functional.cross_entropy(logits, y, reduction="none")
 
 
 def gap(a: Tensor, b: Tensor) -> Tensor:
