@@ -22,7 +22,8 @@ from assay.rules import Health, Options
 from assay.rundir import Arrays
 
 SHARED = 0.9
-"""Attacks that met nearly the same samples are compared by what they left of those; others have to be run again."""
+"""Attacks that met nearly the same samples, and half of all, are compared by what they left of those; others have to be
+run again."""
 
 
 class AttackHealth:
@@ -89,7 +90,7 @@ def _left(job: Job, arrays: Arrays, runs: Mapping[str, Evidence]) -> Mapping[str
     """
     met = np.stack([arrays[f"{name}/attempted"] for name in runs])
     common = met.all(0)
-    if common.sum() >= SHARED * max(1, met.sum(1).max()):
+    if common.sum() >= max(SHARED * met.sum(1).max(), len(common) / 2):
         return {name: scores_of(arrays, name, _draws(job))[common] for name in runs}
     return {name: run.attacked() for name, run in runs.items()}
 

@@ -287,6 +287,9 @@ def test_the_strongest_attack_leaves_least_of_the_same_samples(ready: Callable[.
     assert chosen(a, dear, a=[*many, 1, 1], b=[*many, 1, 0]).attack is a, "one sample more is not worth a dearer attack"
     assert chosen(a, b, a=many, b=many).attack is b, "a tie goes to the later one"
     assert not chosen(a, b, a=many, b=many).evidence.others
+    few = [-1] * 9
+    rerun = chosen(a, b, a=[*few, 1], b=[*few, 0])
+    assert len(rerun.evidence.others) == 1, "the few that earlier attacks left say little of the rest"
     # What the cascade spared an attack says nothing of it: both are run again, on the subject's images.
     weak, strong = planned("weak", alpha=1e-4), planned("strong", steps=20)
     again = chosen(weak, strong, weak=[0, 0, 1, 1], strong=[-1, -1, 1, 1])
