@@ -273,3 +273,21 @@ def test_every_registered_defense_can_be_tested(name: str) -> None:
     found = run(name, "apgd")
     assert found.status in ("pass", "flag")
     assert found.data["tested"] + found.data["left_to_chance"] == found.data["planted"]
+
+
+def test_runs_that_aimed_at_several_classes_become_restarts() -> None:
+    seen: dict[str, Any] = {}
+
+    def attack(target: Any, x: Tensor, y: Tensor, threat: Any, noise: Noise, **options: Any) -> Tensor:
+        seen.update(options)
+        return x
+
+    ids = data.board_ids("digits")[:4]
+    x, y = data.load("digits", ids)
+    defense = DEFENSES["undefended"].build("digits")
+    made = Subject(defense, x, y, ids, Noise.from_seed(0, ids), ThreatModel("l2", Fraction(3, 4)))
+    check(made, attack, {"steps": 7, "loss": "dlr-targeted", "targets": 9, "restarts": 2})
+    assert seen == {"steps": 7, "loss": "margin", "restarts": 18}
+    seen.clear()
+    check(made, attack, {"loss": "ce", "restarts": 2})
+    assert seen == {"loss": "ce", "restarts": 2}

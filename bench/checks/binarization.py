@@ -61,8 +61,8 @@ BOUNDARIES = 32
 PER_SAMPLE = 4
 JUDGED = 64
 """Fresh draws of a stochastic defense for one judgement."""
-TWO_CLASSES = {"dlr": "margin", "dlr-targeted": "margin-targeted"}
-"""What losses that need a third class become with two."""
+TWO_CLASSES = {"dlr": "margin", "dlr-targeted": "margin", "margin-targeted": "margin", "ce-targeted": "ce"}
+"""What losses that need a third class, or aim at one of several, become with two."""
 
 
 def check(subject: Subject, attack: Callable[..., Tensor], options: Mapping[str, Any] | None = None) -> Finding:
@@ -70,11 +70,9 @@ def check(subject: Subject, attack: Callable[..., Tensor], options: Mapping[str,
 
     Args:
         attack: an `assay.attack.Attack`.
-        options: its options; a loss that needs three classes becomes a margin.
+        options: its options; a loss that needs three classes, or aims at one of several, becomes one for two classes.
     """
-    settings = dict(options or {})
-    if settings.get("loss") in TWO_CLASSES:
-        settings["loss"] = TWO_CLASSES[settings["loss"]]
+    settings = _for_two_classes(options or {}, subject.defense.n_classes)
     stochastic = subject.defense.card.traits.stochastic
     n = len(subject.x)
     per = 1 if stochastic else min(PER_SAMPLE, max(1, math.ceil(BOUNDARIES / max(1, n))))
@@ -100,6 +98,19 @@ def check(subject: Subject, attack: Callable[..., Tensor], options: Mapping[str,
     inside = _inside(subject.threat, attacked, x)
     success = inside & _found(target, torch.where(inside[:, None, None, None], attacked, x), rows.child("judge"))
     return _report(subject, success, sound, planted.chance, tries, per, base.n_classes)
+
+
+def _for_two_classes(options: Mapping[str, Any], n_classes: int) -> dict[str, Any]:
+    """The options with a loss for two classes. A run that aimed at each of several classes has one to aim at: the
+    others become restarts, or the attack would be tested with a fraction of its search."""
+    settings = dict(options)
+    loss = settings.get("loss")
+    if loss in TWO_CLASSES:
+        settings["loss"] = TWO_CLASSES[loss]
+        targets = settings.pop("targets", None)
+        if str(loss).endswith("targeted") and targets is not None:
+            settings["restarts"] = settings.get("restarts", 1) * min(int(targets), n_classes - 1)
+    return settings
 
 
 def _inside(threat: ThreatModel, z: Tensor, x: Tensor) -> Tensor:
