@@ -90,7 +90,8 @@ class Calibration:
             Noise.from_seed(0, ids).child("calibration"),
             [(self.attacks[attack.attack].attack, attack.options) for attack in self.planned],
             {name: spec.build(self.board.dataset, self.device) for name, spec in self.known_broken.items()},
-            undefended=self.undefended.build(self.board.dataset, self.device),
+            # It is asked for nothing else; its weights may come with a package that is not here.
+            undefended=self.undefended.build(self.board.dataset, self.device) if self.known_broken else None,
             train=data.load(self.board.dataset, self.board.ids, device=self.device),
             n_draws=self.board.draws,
             ids=ids,

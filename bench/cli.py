@@ -227,8 +227,9 @@ def _has_weights(name: str, board: str) -> bool:
     from assay.board import load_board
     from assay.registry import DEFENSES
 
-    datasets = DEFENSES[name].card.datasets
-    return not datasets or load_board(board).dataset in datasets
+    spec = DEFENSES[name]
+    # One without data sets runs on any, unless it needs to be told what it is.
+    return load_board(board).dataset in spec.card.datasets or not (spec.card.datasets or spec.needs)
 
 
 cli_examine.add_to(app)

@@ -1,9 +1,10 @@
 """Datasets with pinned revisions and index hashes.
 
 A sample id is the row in the data set's own published order: the row of scikit-learn's
-`load_digits`, or the row of CIFAR-10's test split. What is loaded is held against a pinned digest,
-so that a row of a table never rests on other images than its board names. Importing this module
-imports no torch.
+`load_digits`, the row of CIFAR-10's test split, or the official number of an image of ImageNet's
+validation split less one (see `assay.imagenet`). What is loaded is held against a pinned digest, so
+that a row of a table never rests on other images than its board names. Importing this module imports
+no torch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from assay import imagenet
 from assay.digest import ids_digest
 from assay.errors import InputError, nearest
 
@@ -37,9 +39,10 @@ class Dataset:
         revision: what is pinned: a digest of the content, or a commit of the hub's repository.
         n_classes: k.
         shape: one image's `(c, h, w)`.
-        labels: the name of each class.
+        labels: the name of each class; for imagenet its number.
         n_ids: sample ids run from 0 to n_ids - 1.
-        content_sha256: the digest that the loaded data must have, see `_digits` and `_cifar10`.
+        content_sha256: the digest that the loaded data must have, see `_digits`, `_verified` and
+            `_imagenet`.
     """
 
     name: str
@@ -77,6 +80,15 @@ DATASETS = {
         n_ids=10000,
         content_sha256="6cff95274c4c244cc571d5a463a442de004b1e408a247b3009daf9e3b2f87089",
     ),
+    "imagenet": Dataset(
+        name="imagenet",
+        revision="49e2ee26f3810fb5a7536bbf732a7b07389a47b5",
+        n_classes=1000,
+        shape=(3, imagenet.CUT, imagenet.CUT),
+        labels=tuple(str(i) for i in range(1000)),
+        n_ids=50000,
+        content_sha256="f5350687a5a78da7e645040d352767bc06c1c99d9dfb34f1623b2d1a1d046b76",
+    ),
 }
 
 
@@ -110,7 +122,7 @@ def load(name: str, ids: Sequence[int], *, device: str = "cpu") -> tuple[Tensor,
         images, labels = images[wanted], labels[wanted]
         x = torch.from_numpy(images).to(torch.float32)[:, None] / 16
     else:
-        images, labels = _decode(_cifar10(), wanted)
+        images, labels = _decode(_cifar10(), wanted) if name == "cifar10" else _cut(_imagenet(), wanted)
         x = torch.from_numpy(images).to(torch.float32).permute(0, 3, 1, 2).contiguous() / 255
     return x.reshape(-1, *dataset.shape).to(device), torch.from_numpy(labels).to(torch.int64).to(device)
 
@@ -119,7 +131,7 @@ def train_split(name: str) -> tuple[int, ...]:
     """The sample ids that a defense of this project may be trained on, ascending.
 
     Raises:
-        InputError: for an unknown name, and for cifar10, whose sample ids are those of its test split.
+        InputError: for an unknown name, and for data sets whose sample ids are those of a test split.
     """
     if describe(name).name != "digits":
         raise InputError(f"sample ids of {name} are rows of its test split; there are none to train on.")
@@ -138,16 +150,18 @@ def board_ids(name: str) -> tuple[int, ...]:
     """The sample ids of the data set's boards, in an order whose every prefix is representative.
 
     digits: 20 test images of each class, the first of each in the pinned permutation, one class
-    after the other in turn, so that every prefix of 10·j ids is balanced. cifar10: 512 evenly
-    spaced ids in bit-reversed order, so that every prefix is spread over the test set.
+    after the other in turn, so that every prefix of 10·j ids is balanced. cifar10 and imagenet: 512
+    evenly spaced ids in bit-reversed order, so that every prefix is spread over the test set, whose
+    own order mixes the classes.
     """
-    if describe(name).name == "digits":
+    dataset = describe(name)
+    if name == "digits":
         _, labels = _digits()
         test = _digits_permutation()[-_DIGITS_TEST:]
         columns = [[i for i in test if labels[i] == digit][:20] for digit in range(10)]
         return tuple(i for row in zip(*columns, strict=True) for i in row)
     reversed_bits = (int(f"{j:09b}"[::-1], 2) for j in range(512))
-    return tuple(i * 10000 // 512 for i in reversed_bits)
+    return tuple(i * dataset.n_ids // 512 for i in reversed_bits)
 
 
 @functools.cache
@@ -247,3 +261,24 @@ def _decode(split: Any, ids: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[
     chosen = split.select(ids)[:] if ids else {"img": [], "label": []}
     images = [np.asarray(image.convert("RGB"), dtype=np.uint8) for image in chosen["img"]]
     return np.stack(images) if images else np.zeros((0, 32, 32, 3), np.uint8), np.asarray(chosen["label"], np.int64)
+
+
+def _imagenet() -> imagenet.Split:
+    """The validation split, whose labels have the pinned SHA-256 (as 16-bit numbers, the low byte first)."""
+    return _imagenet_at(os.environ.get(DATA_VARIABLE))
+
+
+@functools.cache
+def _imagenet_at(root: str | None) -> imagenet.Split:
+    dataset = describe("imagenet")
+    n = dataset.n_ids
+    split = imagenet.open_split(root, n) if root else imagenet.open_hub(dataset.revision, n)
+    digest = hashlib.sha256(split.labels.astype("<u2").tobytes()).hexdigest()
+    remedy = "these are not the validation images in their official order, or not in one folder a WordNet id"
+    _check_content("imagenet", digest, remedy)
+    return split
+
+
+def _cut(split: imagenet.Split, ids: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Pixels `(n, h, w, c)` and labels of some ids; only those are decoded."""
+    return split.pixels(ids), split.labels[list(ids)]

@@ -42,7 +42,7 @@ def examine(
         if each not in checks:
             raise InputError(f"no check is called {each!r}.{nearest(each, checks)}")
     found = load_board(board)
-    defense = resolve_defense(name, trust=trust).build(found.dataset, device, dict(options or {}))
+    defense = resolve_defense(name, trust=trust, norm=found.norm).build(found.dataset, device, dict(options or {}))
     ids = found.ids[:SAMPLES]
     x, y = data.load(found.dataset, ids, device=device)
     subject = Subject(defense, x, y, ids, Noise.from_seed(seed, ids).child("preflight"), found.threat)

@@ -89,8 +89,8 @@ def _left(job: Job, arrays: Arrays, runs: Mapping[str, Evidence]) -> Mapping[str
     defense left of the board can't be compared.
     """
     met = np.stack([arrays[f"{name}/attempted"] for name in runs])
-    common = met.all(0)
-    if common.sum() >= max(SHARED * met.sum(1).max(), len(common) / 2):
+    common = np.logical_and.reduce(met)
+    if common.sum() >= max(SHARED * met.sum(1).max(), met.shape[1] / 2):
         return {name: scores_of(arrays, name, _draws(job))[common] for name in runs}
     return {name: run.attacked() for name, run in runs.items()}
 

@@ -155,7 +155,7 @@ def prepare(
             f"{board.name} is made of revision {board.revision} of {board.dataset}, this version of assay reads "
             f"{dataset.revision}: other images, so another board."
         )
-    spec = resolve_defense(name, trust=trust)
+    spec = resolve_defense(name, trust=trust, norm=board.norm)
     options = dict(options or {})
     defense = spec.build(board.dataset, device, options)
     if defense.n_classes < dataset.n_classes:
@@ -179,14 +179,22 @@ def prepare(
         certificate, missing = None, missing | {"certify": "not asked for (--attack)"}
     left_out = certify_only or any(only and attack.name not in only for attack in mandatory)
     planned = tuple(attack for attack in mandatory if attack.name not in missing)
-    needs_source = any(attack.options.get("source") == "board" for attack in planned)
+    transfers = tuple(attack.name for attack in planned if attack.options.get("source") == "board")
+    source_model = None
+    if transfers:
+        try:
+            source_model = DEFENSES[board.source].build(board.dataset, device)
+        except InputError as error:
+            # Its weights may come with a package that is not here: the record is then incomplete, and says why.
+            missing |= dict.fromkeys(transfers, f"{board.source}, which it transfers from, can't be loaded: {error}")
+            planned = tuple(attack for attack in planned if attack.name not in transfers)
     job = Job(
         defense=defense,
         board=board,
         ids=board.ids[:size],
         planned=planned,
         attacks={attack.attack: ATTACKS[attack.attack] for attack in planned},
-        source=DEFENSES[board.source].build(board.dataset, device) if needs_source else None,
+        source=source_model,
         checks=protocol.checks,
         seed=seed,
         selection=protocol.selection,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Generic, TypeVar
 
 from torch import nn
@@ -17,8 +16,8 @@ from assay.attack import AttackSpec
 from assay.card import Card, Traits
 from assay.certificate import Certificate, refuse_unsound
 from assay.defense import Defense, DefenseSpec, ForeignModule
-from assay.digest import sha256_of_json
 from assay.errors import InputError, nearest
+from assay.foreign import PACKAGES, OpenSpec, find_object, is_code, refuse_untrusted
 
 T = TypeVar("T")
 
@@ -76,6 +75,7 @@ DEFENSES: Registry[DefenseSpec] = Registry(
     DefenseSpec,
     {
         "undefended": "assay.defenses.undefended:SPEC",
+        "classifier": "assay.defenses.classifier:SPEC",
         "adversarial_training": "assay.defenses.adversarial_training:SPEC",
         "adversarial_training_l2": "assay.defenses.adversarial_training:L2",
         "lipschitz": "assay.defenses.lipschitz:SPEC",
@@ -118,6 +118,11 @@ ATTACKS: Registry[AttackSpec] = Registry(
 )
 
 
+_NAMED: Registry[FunctionType] = Registry(
+    "kind of named model", FunctionType, {"classifier": "assay.defenses.classifier:named"}
+)
+"""What makes a defense of `PACKAGE:NAME`."""
+
 CERTIFICATES: Registry[Certificate] = Registry(
     "certificate",
     Certificate,
@@ -159,8 +164,9 @@ def resolve_certificate(
         if not near.is_file():
             raise InputError(f"no file {location!r}, neither here nor as {near}: where does certificate {name!r} lie?")
         location = str(near)
+    refuse_untrusted(f"{location}:{attribute}", trust)
     # A defense and its certificate may share a file, and then its classes.
-    found, _, file = _foreign(f"{location}:{attribute}", trust, loaded=True)
+    found, _, file = find_object(f"{location}:{attribute}", loaded=True)
     found = found() if isinstance(found, type) and issubclass(found, Certificate) else found
     if not isinstance(found, Certificate):
         raise InputError(f"{name!r} is a {type(found).__name__}; expected a Certificate.")
@@ -175,67 +181,35 @@ def resolve_certificate(
 
 
 def is_foreign(name: str) -> bool:
-    """Whether `name` points at somebody's code (`module:object`) rather than into the registry."""
-    return ":" in name and name not in DEFENSES
+    """Whether `name` points at somebody's code (`module:object`) rather than into the registry or a package's zoo."""
+    return is_code(name) and name not in DEFENSES
 
 
-def resolve_defense(name: str, *, trust: bool = False) -> DefenseSpec:
-    """A defense from a registered name, `module:object` or `path/to/file.py:object`.
+def resolve_defense(name: str, *, trust: bool = False, norm: str = "") -> DefenseSpec:
+    """A defense from a registered name, `module:object` or `path/to/file.py:object`, or a package's `PACKAGE:NAME`.
 
     The object may be a `DefenseSpec`, a `Defense` (instance or class without arguments), or an
-    `nn.Module` from images in [0, 1] to logits, taken as deterministic.
+    `nn.Module` from images in [0, 1] to logits, taken as deterministic. The packages are robustbench,
+    timm and torchvision, whose models need no trust: who installed them has given it.
+
+    Args:
+        trust: execute code from outside the registry, whether it is the defense or one of its options.
+        norm: the board's, by which a zoo of robust models tells apart two of one name.
 
     Raises:
         InputError: for an unknown name (with the nearest), for foreign code without `trust`, or for
             an object that is none of these.
     """
+    package, _, model = name.partition(":")
+    if package in PACKAGES and model and name not in DEFENSES:
+        spec: DefenseSpec = _NAMED["classifier"](package, model, norm)
+        return spec
     if not is_foreign(name):
-        return DEFENSES[name]
-    thing, attribute, file = _foreign(name, trust)
+        spec = DEFENSES[name]
+        return replace(spec, trusted=trust) if isinstance(spec, OpenSpec) else spec
+    refuse_untrusted(name, trust)
+    thing, attribute, file = find_object(name)
     return _as_spec(thing, attribute, file)
-
-
-def _foreign(name: str, trust: bool, *, loaded: bool = False) -> tuple[Any, str, str | None]:
-    """An object from outside the registry, its own name, and the file that it was found in."""
-    if not trust:
-        raise InputError(f"{name!r} is code from outside the registry, to be executed. If you trust it, add --trust.")
-    location, _, attribute = name.rpartition(":")
-    module = _import(location, loaded)
-    if not hasattr(module, attribute):
-        public = [key for key in vars(module) if not key.startswith("_")]
-        raise InputError(f"{location} has no object {attribute!r}.{nearest(attribute, public)}")
-    return getattr(module, attribute), attribute, getattr(module, "__file__", None)
-
-
-def _import(location: str, loaded: bool) -> Any:
-    """A module. A file is executed anew, for it may load weights, unless `loaded` asks for what it made last."""
-    if not location.endswith(".py"):
-        # A console script's path does not hold the working directory; `module:object` should find it there.
-        if str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-        try:
-            return importlib.import_module(location)
-        except ModuleNotFoundError as error:
-            if error.name and location.startswith(error.name):
-                raise InputError(f"no module {location!r}; expected an installed one or a path to a .py.") from error
-            raise
-    path = Path(location)
-    if not path.is_file():
-        raise InputError(f"no file {location!r}.")
-    unique = f"assay_foreign_{path.stem}_{sha256_of_json([str(path.resolve()), path.read_text()])[:16]}"
-    if loaded and unique in sys.modules:
-        return sys.modules[unique]
-    spec = importlib.util.spec_from_file_location(unique, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[unique] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[unique]
-        raise
-    return module
 
 
 def _as_spec(thing: Any, name: str, file: str | None) -> DefenseSpec:

@@ -1,4 +1,4 @@
-"""Denoisers that people bring: a diffusers folder or hub id, or an FDnCNN or FFDNet file.
+"""Denoisers that people bring: a diffusers folder or hub id, or a weight file.
 
 A source is recognised by what is in it, not by its name. Nothing is executed: safetensors, or torch
 files read with `weights_only`; keys have to agree exactly. Each denoiser that comes from outside
@@ -9,11 +9,9 @@ pixels in another range, another schedule, raw instead of averaged weights.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
@@ -21,8 +19,9 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from assay import data
-from assay.defenses.checkpoints import load_state, parse_state
-from assay.defenses.denoiser import Denoiser, GaussianDenoiser, UNetDenoiser, decode, encode
+from assay.defenses.checkpoints import load_state
+from assay.defenses.denoiser import Denoiser, EDMDenoiser, GaussianDenoiser, UNetDenoiser, decode, encode
+from assay.defenses.denoiser_formats import FORMATS, config_file, read_json, read_weights, recognise
 from assay.defenses.gaussian_networks import FDnCNN, FFDNet
 from assay.defenses.schedule import Schedule, with_start
 from assay.errors import InputError
@@ -31,7 +30,7 @@ from assay.noise import Noise
 UNDERSTOOD = (
     "a diffusers folder (the config.json and diffusion_pytorch_model.safetensors of a UNet2DModel with a "
     "scheduler_config.json beside them, or the same in unet/ and scheduler/), the hub id owner/name of one, or a torch "
-    "file with the weights of FDnCNN or FFDNet for colour images"
+    f"or safetensors file with the weights of FDnCNN or FFDNet for colour images, or of {FORMATS}"
 )
 _CONFIG, _SCHEDULER = "config.json", "scheduler_config.json"
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -54,7 +53,7 @@ def take_denoiser(source: str, dataset: str, n_classes: int = 0) -> Denoiser:
     """
     denoiser = load_denoiser(source)
     channels = data.describe(dataset).shape[0]
-    made_for = denoiser.network.config.in_channels if isinstance(denoiser, UNetDenoiser) else 3
+    made_for = _channels(denoiser)
     if made_for != channels:
         raise InputError(f"{source} is for images of {made_for} channels; those of {dataset} have {channels}.")
     if denoiser.n_classes and not n_classes:
@@ -92,7 +91,8 @@ def denoiser_files(source: str) -> dict[str, Path]:
     """
     path = _locate(source)
     if path.is_file():
-        return {f"denoiser/{path.name}": path}
+        beside = config_file(path)
+        return {f"denoiser/{file.name}": file for file in (path, beside) if file == path or beside.is_file()}
     network, scheduler = _parts(path)
     files = (network / _CONFIG, _weights(network), scheduler / _SCHEDULER)
     return {f"denoiser/{file.relative_to(path).as_posix()}": file for file in files}
@@ -124,7 +124,8 @@ def check_denoiser(denoiser: Denoiser, images: Tensor) -> None:
     noise = Noise.from_seed(0, len(images)).child("smoke")
     for sigma in smoke_sigmas(denoiser):
         noisy = encode(images) + sigma * noise.normal(shape=images.shape[1:], like=images)
-        conditional = isinstance(denoiser, UNetDenoiser) and denoiser.n_classes
+        # The project's own multi-head network knows classes and predicts without one as well.
+        conditional = denoiser.n_classes and not isinstance(denoiser, EDMDenoiser)
         clean = denoiser.denoise_each(noisy, sigma).mean(1) if conditional else denoiser.denoise(noisy, sigma)
         before, after = psnr(decode(noisy), images), psnr(decode(clean), images)
         # Written so that NaN fails.
@@ -182,19 +183,9 @@ def _weights(folder: Path) -> Path:
     raise InputError(f"{folder} holds no {' or '.join(_WEIGHTS)}.")
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is not readable JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is no configuration: it holds a {type(content).__name__}.")
-    return content
-
-
 def _from_folder(folder: Path) -> UNetDenoiser:
     network_folder, scheduler_folder = _parts(folder)
-    config = _json(network_folder / _CONFIG)
+    config = read_json(network_folder / _CONFIG)
     if config.get("_class_name") != "UNet2DModel":
         raise InputError(f"{folder} holds a {config.get('_class_name')}, expected a UNet2DModel.")
     scheduler = _scheduler(scheduler_folder)
@@ -209,7 +200,7 @@ def _from_folder(folder: Path) -> UNetDenoiser:
 
 
 def _scheduler(folder: Path) -> DDPMScheduler:
-    kind = _json(folder / _SCHEDULER).get("_class_name")
+    kind = read_json(folder / _SCHEDULER).get("_class_name")
     if kind not in _SCHEDULERS:
         raise InputError(f"{folder / _SCHEDULER} is of a {kind}, expected one of {', '.join(_SCHEDULERS)}.")
     try:
@@ -251,9 +242,13 @@ def _check_outputs(folder: Path, network: UNet2DModel, variance: str) -> None:
         raise InputError(f"{folder}: class_embed_type is {network.config.class_embed_type!r}, expected none.")
 
 
-def _from_file(path: Path) -> GaussianDenoiser:
+def _from_file(path: Path) -> Denoiser:
     """FDnCNN has a 4-channel first convolution (the image and σ), FFDNet one of 15 (σ thrice, four phases)."""
-    state = _numbered(parse_state(path.read_bytes(), path))
+    weights = read_weights(path)
+    denoiser = recognise(weights, path)
+    if denoiser is not None:
+        return denoiser
+    state = _numbered(weights)
     first = state.get("layers.0.weight")
     channels = first.shape[1] if first is not None and first.ndim == 4 else 0
     if channels not in (4, 15):
@@ -261,6 +256,13 @@ def _from_file(path: Path) -> GaussianDenoiser:
     network = FDnCNN() if channels == 4 else FFDNet()
     load_state(network, state, path.name)
     return GaussianDenoiser(network)
+
+
+def _channels(denoiser: Denoiser) -> int:
+    """Of the images that a denoiser is for."""
+    if isinstance(denoiser, UNetDenoiser):
+        return int(denoiser.network.config.in_channels)
+    return int(getattr(denoiser.network, "channels", 3))
 
 
 def _numbered(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,8 +6,10 @@ purified image is not clipped before the classifier, so it may leave [0, 1] by a
 clip would end the gradient of every saturated pixel, of which digits have many. Level and steps
 were chosen on training images, which the weights have seen too, never on a board's.
 
-With the option `denoiser` it runs on what a user brings, on digits or cifar10. A Gaussian denoiser
-gives the same process in its variance-exploding form; its levels are those of the linear schedule.
+On cifar10: the class-conditional model of `conditional`, told no class, where its weights are packaged; the
+paper's t* there are 100 (linf) and 75 (l2). With the option `denoiser` it runs on what a user brings, on digits or
+cifar10. A Gaussian denoiser gives the same process in its variance-exploding form; its levels are those of the
+linear schedule.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from assay.card import Card, Traits
 from assay.data import describe
 from assay.defense import DefenseSpec
 from assay.defenses.checkpoints import WEIGHTS, packaged
+from assay.defenses.conditional import cifar10_denoiser, cifar10_files
 from assay.defenses.denoiser_sources import denoiser_files
 from assay.defenses.purified import IteratedPurification
 from assay.defenses.purifier import ImagePurifier, Purifier
@@ -44,8 +47,8 @@ CARD = Card(
     ),
     traits=Traits(stochastic=True, purifies=True, iterative=True),
     handles=("stages", "chain", "surrogate", "components"),
-    datasets=("digits",),
-    weights=packaged(DENOISER, CLASSIFIER),
+    datasets=("digits", "cifar10") if cifar10_files() else ("digits",),
+    weights=packaged(DENOISER, CLASSIFIER, *cifar10_files()),
     # One call of the denoiser a step, and one of the classifier.
     network_calls=STEPS + 1,
     # The chain runs every part again in its backward pass.
@@ -69,7 +72,10 @@ class DiffPure(IteratedPurification):
 
 def weight_files(dataset: str, *, denoiser: str = "") -> dict[str, Path]:
     """The weight files that `load` reads."""
-    files = denoiser_files(denoiser) if denoiser else {DENOISER: WEIGHTS / DENOISER}
+    if denoiser:
+        files = denoiser_files(denoiser)
+    else:
+        files = cifar10_files() if dataset == "cifar10" else {DENOISER: WEIGHTS / DENOISER}
     return {**files, **classifier_files(dataset)}
 
 
@@ -77,7 +83,7 @@ def load(dataset: str, *, denoiser: str = "", level: int = LEVEL, steps: int = S
     """DiffPure before the undefended classifier.
 
     Args:
-        dataset: digits, or with a `denoiser` cifar10 too.
+        dataset: digits, or cifar10 where its weights are packaged or with a `denoiser`.
         denoiser: see `assay.defenses.denoiser_sources`; empty for the packaged one.
         level: t*, in levels of the denoiser's schedule.
         steps: reverse steps.
@@ -85,11 +91,12 @@ def load(dataset: str, *, denoiser: str = "", level: int = LEVEL, steps: int = S
     Raises:
         InputError: for a denoiser that can't be used, or a level or number of steps outside its range.
     """
-    network = unet_or_taken(denoiser, dataset, DENOISER)
+    trained = dataset == "cifar10" and not denoiser
+    network = cifar10_denoiser() if trained else unet_or_taken(denoiser, dataset, DENOISER)
     purifier = Purifier(network, level, steps)
     process = purifier.chain()  # refuses what can't run, before anything does
     card = CARD
-    if denoiser or (level, steps) != (LEVEL, STEPS):
+    if denoiser or trained or (level, steps) != (LEVEL, STEPS):
         taken = counted(steps, "ancestral step")
         card = with_files(
             with_purifier(CARD, process),

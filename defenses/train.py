@@ -1,16 +1,14 @@
-"""Trains the packaged digits weights: `python -m assay.defenses.train digits`.
+"""Trains the packaged weights: `python -m assay.defenses.train digits`, and `… cifar10`.
 
-Every network is trained on the pinned train split alone, on the CPU, from its own seed inside a
+Every network of digits is trained on the pinned train split alone, on the CPU, from its own seed inside a
 forked generator, so that training one network gives the same weights as training all of them. The
 test split enters only the accuracies that the manifest reports. How each network is trained
-stands in `recipes`.
+stands in `recipes`. For those of cifar10, which want a GPU and can be interrupted, see `train_cifar10`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,22 +21,10 @@ from safetensors.torch import save
 
 from assay.defenses.checkpoints import MANIFEST, WEIGHTS
 from assay.defenses.recipes import DIGITS
+from assay.defenses.recipes_cifar10 import CIFAR10
+from assay.defenses.train_cifar10 import train_cifar10
+from assay.defenses.weight_files import record, write
 from assay.errors import AssayError, InputError, nearest
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, then renames it: readers see the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def record(manifest: Path, file: str, entry: dict[str, Any]) -> None:
-    """Puts one file's entry into the manifest, beside the others."""
-    entries = json.loads(manifest.read_text())["weights"] if manifest.exists() else {}
-    entries[file] = entry
-    write(manifest, (json.dumps({"weights": dict(sorted(entries.items()))}, indent=2) + "\n").encode())
 
 
 def train(names: list[str], out: Path, seed: int, epochs: int | None, console: Console) -> dict[str, dict[str, Any]]:
@@ -70,24 +56,41 @@ def train(names: list[str], out: Path, seed: int, epochs: int | None, console: C
 
 
 def main(
-    dataset: Annotated[str, typer.Argument(help="The data set to train on: digits.")],
+    dataset: Annotated[str, typer.Argument(help="The data set to train on: digits or cifar10.")],
     only: Annotated[list[str] | None, typer.Option(help="Train only this network; may be repeated.")] = None,
     out: Annotated[Path, typer.Option(help="Where the weights and their manifest go.")] = WEIGHTS,
     seed: Annotated[int, typer.Option(help="Each network's seed.")] = 0,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Another number of epochs than the recipe's.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="digits: other epochs than the recipe's.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Torch's threads; sums depend on it in the last bits.")] = 1,
+    device: Annotated[str, typer.Option(help="cifar10: auto, cpu or cuda.")] = "auto",
+    minutes: Annotated[float | None, typer.Option(help="cifar10: train by the clock, so long in all.")] = None,
+    toy: Annotated[bool, typer.Option("--toy", help="cifar10: tiny networks on 64 images, to try it out.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="cifar10: torch.compile on a GPU.")] = True,
+    save_every: Annotated[float, typer.Option(min=0, help="cifar10: seconds between checkpoints.")] = 60.0,
 ) -> None:
-    """Train the packaged weights on the CPU and write them with a manifest of their digests."""
+    """Train the packaged weights and write them with a manifest of their digests."""
     console = Console()
     torch.set_num_threads(threads)
     try:
-        if dataset != "digits":
-            raise InputError(f"there are recipes for digits only, got {dataset!r}.")
-        names = list(only or DIGITS)
-        for name in names:
-            if name not in DIGITS:
-                raise InputError(f"no recipe is called {name!r}.{nearest(name, DIGITS)}")
-        entries = train(names, out, seed, epochs, console)
+        if minutes is not None and not minutes > 0:
+            raise InputError(f"--minutes must be positive, got {minutes:g}.")
+        if dataset == "digits":
+            if toy or minutes or device == "cuda":
+                raise InputError("--toy, --minutes and --device cuda are for cifar10; digits take --epochs.")
+            names = list(only or DIGITS)
+            for name in names:
+                if name not in DIGITS:
+                    raise InputError(f"no recipe is called {name!r}.{nearest(name, DIGITS)}")
+            entries = train(names, out, seed, epochs, console)
+        elif dataset == "cifar10":
+            if epochs:
+                raise InputError("--epochs is for digits; cifar10 takes --minutes.")
+            entries = train_cifar10(
+                list(only or CIFAR10), out, seed=seed, device=device, minutes=minutes, toy=toy, compiled=compiled,
+                save_every=save_every, console=console,
+            )  # fmt: skip
+        else:
+            raise InputError(f"there are recipes for digits and cifar10, got {dataset!r}.")
     except AssayError as error:
         Console(stderr=True).print(str(error), style="red", markup=False)
         raise typer.Exit(2) from error

@@ -67,13 +67,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "results": ("card", "digest", "protocol"),
     "record": (*PLAIN, "finding", "board", "protocol", "results"),
     "rundir": (*PLAIN, "finding", "board", "protocol", "record"),
-    "data": ("errors", "digest"),
+    "imagenet": ("errors",),
+    "data": ("errors", "digest", "imagenet"),
     "provenance": ("errors", "digest"),
     # the house that draws the tables
     "leaderboards": (*PLAIN, "finding", "board", "protocol", "results", "record", "statistics"),
     # the machinery
     "certificates": (*GROUND, *STATISTICS),
-    "registry": GROUND,
+    "foreign": (*PLAIN, "noise", "chain", "defense"),
+    "registry": (*GROUND, "foreign"),
     "checks": (*GROUND, *STATISTICS, "finding"),
     "guard": ("errors",),
     "shortlist": (),
@@ -106,6 +108,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # the houses that hold attacks and defenses; the registry finds them by name
     "attacks": GROUND,
     "defenses": (*PLAIN, "noise", "chain", "defense", "certificate", "certificates", "data"),
+    "defenses.classifier_sources": (*PLAIN, "statistics", "noise", "chain", "defense", "data"),
+    "defenses.classifier": (*PLAIN, "foreign", "noise", "chain", "defense", "data"),
     "defenses.fitting": (*PLAIN, "noise", "norms", "chain", "defense", "certificate", "certificates", "data"),
 }  # fmt: skip
 

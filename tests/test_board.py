@@ -34,6 +34,8 @@ def test_the_packaged_boards_are_what_the_issue_asked_for() -> None:
         "digits-l2": "l2 3/4",
         "cifar10-linf": "linf 8/255",
         "cifar10-l2": "l2 1/2",
+        "imagenet-linf": "linf 4/255",
+        "imagenet-l2": "l2 3",
     }
 
 
@@ -44,7 +46,7 @@ def test_a_packaged_board_holds_the_pinned_ids_and_revision(name: str) -> None:
     assert board.ids_sha256 == ids_digest(board.ids)
     assert board.revision == data.describe(board.dataset).revision
     assert board.protocol in PROTOCOLS
-    assert len(board.ids) == {"digits": 200, "cifar10": 512}[board.dataset]
+    assert len(board.ids) == {"digits": 200, "cifar10": 512, "imagenet": 512}[board.dataset]
 
 
 def test_a_board_is_read_from_a_path(toml: Path) -> None:

@@ -268,7 +268,7 @@ def test_calls_are_counted() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(DEFENSES))
+@pytest.mark.parametrize("name", [name for name in DEFENSES if "digits" in DEFENSES[name].card.datasets])
 def test_every_registered_defense_can_be_tested(name: str) -> None:
     found = run(name, "apgd")
     assert found.status in ("pass", "flag")

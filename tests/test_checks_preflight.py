@@ -720,7 +720,7 @@ def test_other_global_generators_are_watched() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("defense", list(DEFENSES))
+@pytest.mark.parametrize("defense", [name for name in DEFENSES if "digits" in DEFENSES[name].card.datasets])
 def test_registered_defenses_pass(defense: str, name: str) -> None:
     found = run(name, DEFENSES[defense].build("digits"), 8)
     expected = "flag" if (defense, name) == ("saturated_logits", "range") else "pass"

@@ -369,7 +369,7 @@ def test_the_same_seed_gives_the_same_finding() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(DEFENSES))
+@pytest.mark.parametrize("name", [name for name in DEFENSES if "digits" in DEFENSES[name].card.datasets])
 def test_registered_defenses_are_what_their_cards_say(name: str) -> None:
     found = examine(DEFENSES[name].build("digits"))
     assert found.status == "pass", found.message

@@ -100,6 +100,8 @@ def test_list_as_json_carries_traits_and_boards(assay: Run) -> None:
         "digits-l2": "3/4",
         "cifar10-linf": "8/255",
         "cifar10-l2": "1/2",
+        "imagenet-linf": "4/255",
+        "imagenet-l2": "3",
     }
     smoothing = next(card for card in found["defenses"] if card["name"] == "smoothing")
     assert smoothing["traits"]["stochastic"] is True

@@ -148,6 +148,8 @@ def test_boards_have_the_agreed_threats() -> None:
         "digits-l2": "3/4",
         "cifar10-linf": "8/255",
         "cifar10-l2": "1/2",
+        "imagenet-linf": "4/255",
+        "imagenet-l2": "3",
     }
     assert all(parse_eps(board["eps"]) > 0 and board["norm"] in NORMS for board in boards.values())
 
@@ -158,10 +160,11 @@ def test_every_tenth_prefix_of_the_digits_boards_is_balanced(n: int) -> None:
     assert y.bincount().tolist() == [n // 10] * 10
 
 
+@pytest.mark.parametrize("name", ["cifar10", "imagenet"])
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 31, 100, 512])
-def test_every_prefix_of_the_cifar10_boards_is_spread(n: int) -> None:
-    ids = sorted(data.board_ids("cifar10")[:n])
-    gaps = np.diff([*ids, 10000 + ids[0]])
+def test_every_prefix_of_the_photographs_boards_is_spread(name: str, n: int) -> None:
+    ids = sorted(data.board_ids(name)[:n])
+    gaps = np.diff([*ids, data.describe(name).n_ids + ids[0]])
     # Bit reversal's gaps differ by at most a factor of two, and by the rounding of the ids.
     assert gaps.max() <= 2 * gaps.min() + 2
 

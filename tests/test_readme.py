@@ -11,6 +11,7 @@ import typer.main
 
 from assay.board import board_names
 from assay.cli import app
+from assay.foreign import PACKAGES
 from assay.registry import ATTACKS, DEFENSES, is_foreign
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +82,7 @@ def _parse(arguments: list[str]) -> None:
         values = {}
     defense, board = values.get("defense"), values.get("board")
     if isinstance(defense, str) and not is_foreign(defense):
-        assert defense in DEFENSES
+        assert defense in DEFENSES or defense.partition(":")[0] in PACKAGES
     if isinstance(board, str) and not board.endswith(".toml"):
         assert board in board_names()
     for attack in values.get("attack") or ():

@@ -11,6 +11,7 @@ import torch
 from assay.card import Card
 from assay.defense import Defense, DefenseSpec
 from assay.errors import InputError
+from assay.foreign import PACKAGES, OpenSpec
 from assay.noise import Noise
 from assay.registry import ATTACKS, DEFENSES, Registry, is_foreign, resolve_defense
 
@@ -115,6 +116,20 @@ def test_foreign_names_are_told_apart(name: str) -> None:
 
 def test_registered_names_are_not_foreign() -> None:
     assert not any(is_foreign(name) for name in DEFENSES)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_s_models_are_not_foreign(package: str) -> None:
+    assert not is_foreign(f"{package}:resnet18")
+    assert is_foreign(f"my_{package}:resnet18")
+    assert resolve_defense(f"{package}:resnet18").card.name == f"{package}:resnet18"
+
+
+def test_trust_is_passed_on_to_a_defense_that_takes_code_by_its_options() -> None:
+    for trust in (False, True):
+        spec = resolve_defense("classifier", trust=trust)
+        assert isinstance(spec, OpenSpec)
+        assert spec.trusted is trust
 
 
 def test_foreign_code_is_not_run_without_trust(tmp_path: Path) -> None:
