@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,10 +214,13 @@ def test_what_is_certified_is_what_is_drawn(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_checks")
 @pytest.mark.parametrize("variant", sorted(v for v in VARIANTS if v not in OTHERS))
 def test_a_whole_run_certifies_and_no_attack_refutes_it(variant: str, tmp_path: Path) -> None:
     name, options = VARIANTS[variant]
-    record = execute(prepare(name, "digits-l2", n=4, options=options), tmp_path / "run")
+    prepared = prepare(name, "digits-l2", n=4, options=options)
+    # Four images say nothing of an attack's health, which is asked about elsewhere.
+    record = execute(replace(prepared, job=replace(prepared.job, health=None)), tmp_path / "run")
     assert record.verdict == "verified"
     assert record.certification is not None
     assert record.certification.average_radius > 0

@@ -244,7 +244,7 @@ def test_what_is_unsound_or_unknown_is_refused_with_the_reason(
 
     defense = zoo.SmoothedLinear()
     defense.card = defense.card.model_copy(update={"certificate": certificate})
-    monkeypatch.setattr(module, "resolve_defense", lambda name, trust: zoo_spec(defense))
+    monkeypatch.setattr(module, "resolve_defense", lambda name, **given: zoo_spec(defense))
     with pytest.raises(InputError, match=says):
         prepare("toy", board)
 
@@ -272,7 +272,7 @@ def test_a_card_that_does_not_fit_its_certificate_is_refused(
 
     defense = zoo.SmoothedLinear()
     defense.card = defense.card.model_copy(update=change)
-    monkeypatch.setattr(module, "resolve_defense", lambda name, trust: zoo_spec(defense))
+    monkeypatch.setattr(module, "resolve_defense", lambda name, **given: zoo_spec(defense))
     with pytest.raises(InputError, match=says):
         prepare("toy", board)
 
