@@ -1,6 +1,6 @@
 """Files in other projects' formats: each gives what the original network computed, and what doesn't fit is listed.
 
-`golden/denoiser_formats.json` holds, for a small network of each format, the names and shapes of its tensors in the
+`formats/denoiser_formats.json` holds, for a small network of each format, the names and shapes of its tensors in the
 original's order, and predictions that the original implementation made with the weights of `weight` below.
 """
 
@@ -34,7 +34,7 @@ from assay.defenses.song_unet import SongUNet
 from assay.defenses.unet_keys import _heads
 from assay.errors import InputError
 
-CASES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "golden/denoiser_formats.json").read_text())
+CASES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "formats/denoiser_formats.json").read_text())
 SCORE_SDE = [name for name in CASES if name.startswith("score_sde")]
 KINDS: dict[str, type[Denoiser]] = {
     "ddpm": UNetDenoiser,
