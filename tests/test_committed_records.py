@@ -15,6 +15,16 @@ from assay.registry import DEFENSES
 
 FOLDER = Path(__file__).parents[1] / "leaderboards"
 BOARDS = ("digits-linf", "digits-l2")
+PENDING = {
+    "digits-linf": {
+        "adp", "adp_energy", "apndc", "epndc", "gdmp", "likelihood_maximisation", "robust_guidance", "victim_guided",
+    },
+    "digits-l2": {
+        "adp", "adp_energy", "apndc", "diffpure", "epndc", "gdmp", "likelihood_maximisation", "robust_guidance",
+        "victim_guided",
+    },
+}  # fmt: skip
+"""Defenses whose rows are still to be run under the protocol's present digest; exactly these may have none."""
 
 
 def _rows(name: str) -> dict[str, Record]:
@@ -54,7 +64,7 @@ def test_a_row_is_of_the_weights_that_are_packaged(name: str) -> None:
 @pytest.mark.parametrize("name", BOARDS)
 def test_every_registered_defense_has_its_row(name: str) -> None:
     expected = {each for each in DEFENSES if load_board(name).dataset in DEFENSES[each].card.datasets}
-    assert set(_rows(name)) == expected
+    assert set(_rows(name)) == expected - PENDING[name]
 
 
 @pytest.mark.parametrize("name", BOARDS)
@@ -84,7 +94,7 @@ def test_every_defense_that_certifies_has_certified_columns() -> None:
     """On the digits-l2 board: beside the attacked ones, of the same samples, and no adversarial example refutes one."""
     board = load_board("digits-l2")
     certifying = {name: record for name, record in _rows("digits-l2").items() if record.defense.card.traits.certifies}
-    assert set(certifying) == {name for name in DEFENSES if DEFENSES[name].card.certificate}
+    assert set(certifying) == {name for name in DEFENSES if DEFENSES[name].card.certificate} - PENDING["digits-l2"]
     for name, record in certifying.items():
         half = record.certification
         assert half is not None
