@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[1] / "leaderboards"
 BOARDS = ("digits-linf", "digits-l2")
 PENDING = {
     "digits-linf": {
-        "adp", "adp_energy", "apndc", "epndc", "gdmp", "likelihood_maximisation", "robust_guidance", "victim_guided",
+        "adp_energy", "apndc", "epndc", "gdmp", "likelihood_maximisation", "robust_guidance", "victim_guided",
     },
     "digits-l2": {
         "adp", "adp_energy", "apndc", "diffpure", "epndc", "gdmp", "likelihood_maximisation", "robust_guidance",
