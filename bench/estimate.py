@@ -12,6 +12,7 @@ from assay import data
 from assay.attack import Target
 from assay.calibrating import WHITE
 from assay.certifying import CERTIFY, PlannedCertificate
+from assay.checks import SAMPLES
 from assay.job import CLEAN, FINAL, Job
 from assay.noise import Noise
 
@@ -63,7 +64,7 @@ def seconds_of_checks(job: Job, seconds: Mapping[str, float]) -> dict[str, float
     votes, stochastic = job.defense.card.votes.draws, job.defense.card.traits.stochastic
     draws = job.board.draws if stochastic else 1
     # A gradient is about two calls.
-    calls = _EXAMINED * (300 + 60 * (votes - 1) + (400 if stochastic else 0))
+    calls = SAMPLES * (300 + 60 * (votes - 1) + (400 if stochastic else 0))
     before = calls * seconds[CLEAN] / (draws * votes) / max(1, len(job.checks))
     found = dict.fromkeys(job.checks, before)
     if job.health is None:
@@ -74,8 +75,6 @@ def seconds_of_checks(job: Job, seconds: Mapping[str, float]) -> dict[str, float
     return found | {name: runs * samples * attack for name, runs in _RUNS.items()}
 
 
-_EXAMINED = 16
-"""Images that a defense is examined on."""
 _RUNS = {"outcomes": 7.1, "binarization": 2, "ablations": 1}
 """Runs of an attack that checks of it take; those of its outcomes share one at the board's radius."""
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from assay import data
-from assay.checks import Subject, broken_run, constancy, examine, run_checks
+from assay.checks import SAMPLES, Subject, broken_run, constancy, examine, run_checks
 from assay.checks.eot import LEAST, recommended_draws
 from assay.checks.subject import Asked
 from assay.finding import Finding
@@ -25,9 +25,6 @@ from assay.job import Job
 from assay.noise import Noise
 from assay.record import Spent
 from assay.rundir import Arrays, RunDir
-
-SAMPLES = 16
-"""Images that a defense is examined on."""
 
 
 @dataclass
@@ -57,7 +54,7 @@ class Examination:
     def preflight(self) -> bool:
         """Examines the defense and its gradients; returns whether it may be attacked."""
         for name in self.job.checks:
-            self._keep(name, lambda name=name: [next(run_checks(self._subject, (name,)))])  # type: ignore[misc]
+            self._keep(name, partial(_one, self._subject, name))
             if name == "interface" and self.findings[name].status == "fail":
                 break
         return all(finding.status != "fail" for finding in self.findings.values())
@@ -192,6 +189,10 @@ class Examination:
             return Asked(noise=noise, **{key: value.to(x.device) for key, value in found.items()})
 
         memory.answer, memory.gradient = asked("answer"), asked("gradient")
+
+
+def _one(subject: Subject, name: str) -> list[Finding]:
+    return list(run_checks(subject, (name,)))
 
 
 def _subject(job: Job, samples: int, stream: str) -> Subject:

@@ -6,13 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from assay import data
 from assay.board import load_board
-from assay.checks import GRADIENTS, PREFLIGHT, Subject, run_checks
+from assay.checks import GRADIENTS, PREFLIGHT, SAMPLES, Subject, run_checks
 from assay.errors import InputError, nearest
 from assay.finding import Finding
 from assay.noise import Noise
 from assay.registry import resolve_defense
-
-SAMPLES = 16
 
 
 def examine(

@@ -55,14 +55,12 @@ class AttackHealth:
         }
 
     def _planted(self) -> Finding:
-        """With a shorter search than the attack's own; an objection counts if the own one earns it too."""
+        """With a shorter search than the attack's own, which is spent on what that one missed."""
         own = dict(self.attack.options)
         known = {name: self.evidence.option(name) for name in self._rule.planted}
         shorter = {name: min(value, known[name]) for name, value in self._rule.planted.items() if known[name]}
-        found = binarization.check(self._subject, self.evidence.attack, {**own, **shorter})
-        if found.status == "pass" or all(known[name] == value for name, value in shorter.items()):
-            return found
-        return binarization.check(self._subject, self.evidence.attack, own)
+        longer = own if any(known[name] != value for name, value in shorter.items()) else None
+        return binarization.check(self._subject, self.evidence.attack, {**own, **shorter}, longer)
 
     def _ablated(self) -> Finding:
         found: dict[str, Defense] = {}

@@ -45,7 +45,7 @@ class Job:
         seed: the run's seed.
         selection: rounds of the last choice among a stochastic defense's candidates.
         certificate: the certified half, where the defense certifies and the board has radii.
-        health: None where no attack runs, or not all that are mandatory.
+        health: None where attacks were left out on request, or none runs.
     """
 
     defense: Defense

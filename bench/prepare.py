@@ -212,9 +212,10 @@ def _plan_health(protocol: Protocol, profile: ProfileName, board: Board, device:
     rule = protocol.health[profile]
     if "calibration" not in rule.checks:
         return PlannedHealth(rule)
-    specs = {name: DEFENSES[name] for name in DEFENSES}
     known_broken = {
-        name: spec for name, spec in specs.items() if spec.card.known_broken and board.dataset in spec.card.datasets
+        spec.card.name: spec
+        for spec in map(DEFENSES.__getitem__, DEFENSES)
+        if spec.card.known_broken and board.dataset in spec.card.datasets
     }
     classes = data.describe(board.dataset).n_classes
     # The linear model's card has no traits.

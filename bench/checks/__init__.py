@@ -42,6 +42,7 @@ __all__ = [
     "GRADIENTS",
     "HEALTH",
     "PREFLIGHT",
+    "SAMPLES",
     "Check",
     "Evidence",
     "Subject",
@@ -52,6 +53,8 @@ __all__ = [
 ]
 
 Check = Callable[[Subject], Finding]
+SAMPLES = 16
+"""Images that a defense is examined on before it is attacked."""
 
 PREFLIGHT: Mapping[str, Check] = {
     "interface": interface.check,

@@ -65,14 +65,19 @@ TWO_CLASSES = {"dlr": "margin", "dlr-targeted": "margin", "margin-targeted": "ma
 """What losses that need a third class, or aim at one of several, become with two."""
 
 
-def check(subject: Subject, attack: Callable[..., Tensor], options: Mapping[str, Any] | None = None) -> Finding:
+def check(
+    subject: Subject,
+    attack: Callable[..., Tensor],
+    options: Mapping[str, Any] | None = None,
+    longer: Mapping[str, Any] | None = None,
+) -> Finding:
     """Plants boundaries around the images and sends the attack for them; see the module.
 
     Args:
         attack: an `assay.attack.Attack`.
         options: its options; a loss that needs three classes, or aims at one of several, becomes one for two classes.
+        longer: with these it is sent again for what it missed, where that would be an objection.
     """
-    settings = _for_two_classes(options or {}, subject.defense.n_classes)
     stochastic = subject.defense.card.traits.stochastic
     n = len(subject.x)
     per = 1 if stochastic else min(PER_SAMPLE, max(1, math.ceil(BOUNDARIES / max(1, n))))
@@ -89,15 +94,30 @@ def check(subject: Subject, attack: Callable[..., Tensor], options: Mapping[str,
     subject.targets.append(target)
     sound = planted.sound & ~_found(target, x, rows.child("clean")) & _found(target, planted.edge, rows.child("edge"))
 
-    before = target.calls.forward.clone()
-    attacked = attack(target, x, still, subject.threat, rows.child("attack"), **settings)
-    # An attack that asks for gradients looks at a point for each; what else it calls confirms and chooses.
-    spent = int((target.calls.backward if target.calls.backward.any() else target.calls.forward - before).max())
-    eot = settings.get("eot", 1) if stochastic else 1
-    tries = max(1, spent // max(1, int(eot)))
-    inside = _inside(subject.threat, attacked, x)
-    success = inside & _found(target, torch.where(inside[:, None, None, None], attacked, x), rows.child("judge"))
+    success, tries = torch.zeros_like(sound), 0
+    for settings in (options or {}, longer):
+        left = (sound & ~success).nonzero()[:, 0] if tries else torch.arange(n * per, device=x.device)
+        if settings is None or (tries and not _objects(int(success[sound].sum()), int(sound.sum()))):
+            break
+        before = target.calls.forward.clone(), target.calls.backward.clone()
+        part, given = rows[left.cpu()], _for_two_classes(settings, subject.defense.n_classes)
+        attacked = attack(target, x[left], still[left], subject.threat, part.child("attack"), **given)
+        # An attack that asks for gradients looks at a point for each; what else it calls confirms and chooses.
+        forward, backward = (
+            int((now - then).max())
+            for now, then in zip((target.calls.forward, target.calls.backward), before, strict=True)
+        )
+        tries += max(1, (backward or forward) // max(1, int(given.get("eot", 1)) if stochastic else 1))
+        inside = _inside(subject.threat, attacked, x[left])
+        final = torch.where(inside[:, None, None, None], attacked, x[left])
+        success[left] = inside & _found(target, final, part.child("judge"))
     return _report(subject, success, sound, planted.chance, tries, per, base.n_classes)
+
+
+def _objects(found: int, count: int) -> bool:
+    """Whether so few of the boundaries were found that the attack can't be believed."""
+    # One miss among fewer than ten is no rate.
+    return found < THRESHOLD * count and count - found > 1
 
 
 def _for_two_classes(options: Mapping[str, Any], n_classes: int) -> dict[str, Any]:
@@ -158,9 +178,7 @@ def _report(
             ),
             data=data,
         )
-    rate = found / count
-    # One miss among fewer than ten is no rate.
-    flagged = rate < THRESHOLD and count - found > 1
+    rate, flagged = found / count, _objects(found, count)
     said = f"The attack finds {found} of {count} adversarial examples that were planted in the ball"
     return Finding(
         check="binarization",

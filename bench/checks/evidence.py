@@ -88,7 +88,7 @@ class Evidence:
     """An attack that can be run again, and what the board's attacks achieved.
 
     Attributes:
-        subject: the defense, a few of the board's images (up to 32), the threat model and a stream of noise.
+        subject: the defense, a few of the board's images (8 to 64), the threat model and a stream of noise.
         attack: the run's strongest white-box attack, `options` its keyword arguments.
         n_draws: answers a judgement takes, 1 for a deterministic defense.
         stages: every attack of the cascade, in order, on the whole board.

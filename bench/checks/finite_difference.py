@@ -17,7 +17,7 @@ bfloat16 is flat over tiny steps, and its gradient right.
 
 Fails where the error exceeds `THRESHOLD` for more than `MOST` of the samples, flags above `SOME`, and where most
 samples are too rough to tell. A defense that declares the trait `non_differentiable` is measured and never failed.
-Costs 84 calls forward and 7 backward a sample.
+Costs 80 calls forward and 7 backward a sample; one less forward where no copy in double precision can be made.
 """
 
 from __future__ import annotations
