@@ -291,3 +291,25 @@ def test_runs_that_aimed_at_several_classes_become_restarts() -> None:
     seen.clear()
     check(made, attack, {"loss": "ce", "restarts": 2})
     assert seen == {"loss": "ce", "restarts": 2}
+
+
+def test_a_longer_search_is_spent_on_what_the_shorter_one_missed() -> None:
+    rows: list[int] = []
+
+    def attack(target: Any, x: Tensor, y: Tensor, threat: Any, noise: Noise, **options: Any) -> Tensor:
+        rows.append(len(x))
+        return ATTACKS["pgd"].attack(target, x, y, threat, noise, **options) if options else x
+
+    ids = data.board_ids("digits")[:4]
+    x, y = data.load("digits", ids)
+
+    def made() -> Subject:
+        defense = DEFENSES["undefended"].build("digits")
+        return Subject(defense, x, y, ids, Noise.from_seed(0, ids), ThreatModel("linf", Fraction(1, 5)))
+
+    alone, both = check(made(), attack), check(made(), attack, {}, {"steps": 20})
+    assert (alone.value, both.value) == (0.0, 1.0)
+    assert rows == [16, 16, alone.data["planted"]]
+    rows.clear()
+    assert check(made(), attack, {"steps": 20}, {"steps": 40}).value == 1
+    assert rows == [16], "nothing was missed"
