@@ -9,7 +9,7 @@ The project in the order that makes it readable:
 * `assay.card` and `assay.defense`: what an author declares, and the defense itself.
 * `assay.attack` and `assay.target`: the signature of an attack, and the counting `Target` that it sees.
 * `assay.certificate` and `assay.bounds`: what a certificate measures, and the radii that follow from its counts.
-* `assay.board`, `assay.rules` and `assay.protocol`: which samples, which threat, which attacks are mandatory.
+* `assay.boards`, `assay.rules` and `assay.protocol`: which samples, which threat, which attacks are mandatory.
 * `assay.job`, `assay.shard` and `assay.harness`: run the protocol in shards, verify every candidate themselves.
 * `assay.certifying` and `assay.certification`: the certified half of a shard, and of a record.
 * `assay.record`, `assay.results` and `assay.rundir`: the validated result, and a run on disk.

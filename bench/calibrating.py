@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from assay import data, provenance
 from assay.attack import AttackSpec
-from assay.board import Board
+from assay.boards import Board
 from assay.checks.calibration import check_board
 from assay.defense import DefenseSpec
 from assay.digest import ids_digest, sha256_of_json

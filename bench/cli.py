@@ -61,7 +61,7 @@ def list_(
 ) -> None:
     """Lists defenses, attacks, certificates and boards, with their traits; loads no weights."""
     from assay import display
-    from assay.board import board_names, load_board
+    from assay.boards import board_names, load_board
     from assay.registry import ATTACKS, CERTIFICATES, DEFENSES
 
     defenses = [DEFENSES[name] for name in DEFENSES]
@@ -138,11 +138,11 @@ def run(
     """
     from assay import display
     from assay.defense import read_options
+    from assay.evaluation import execute
     from assay.prepare import prepare
     from assay.progress import Progress
     from assay.publish import publish_record
     from assay.registry import DEFENSES
-    from assay.run import execute
 
     if all_ == (defense is not None):
         raise InputError("give one defense, or --all.")
@@ -224,7 +224,7 @@ def tables(
 
 
 def _has_weights(name: str, board: str) -> bool:
-    from assay.board import load_board
+    from assay.boards import load_board
     from assay.registry import DEFENSES
 
     spec = DEFENSES[name]

@@ -52,9 +52,9 @@ def certify(
     """
     from assay import display
     from assay.defense import read_options
+    from assay.evaluation import execute
     from assay.prepare import prepare
     from assay.progress import Progress
-    from assay.run import execute
 
     set_threads(threads)
     options, chosen = read_options(option or ()), profile_of(profile)

@@ -18,7 +18,7 @@ from assay.results import knobs_text
 
 if TYPE_CHECKING:
     from assay.attack import AttackSpec
-    from assay.board import Board
+    from assay.boards import Board
     from assay.certificate import Certificate
     from assay.certifying import PlannedCertificate
     from assay.defense import DefenseSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from assay import data
-from assay.board import load_board
+from assay.boards import load_board
 from assay.checks import GRADIENTS, PREFLIGHT, SAMPLES, Subject, run_checks
 from assay.errors import InputError, nearest
 from assay.finding import Finding

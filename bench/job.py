@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from assay.attack import AttackSpec
-from assay.board import Board
+from assay.boards import Board
 from assay.calibrating import Calibration
 from assay.certifying import CERTIFY, PlannedCertificate
 from assay.defense import Defense

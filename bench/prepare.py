@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from assay import __version__, data, provenance
-from assay.board import Board, board_names, load_board
+from assay.boards import Board, board_names, load_board
 from assay.calibrating import WHITE, Calibration
 from assay.card import Card
 from assay.certifying import PlannedCertificate, check_card

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from assay import data
-from assay.board import load_board
+from assay.boards import load_board
 from assay.bounds import lower_bound, radius
 from assay.budget import Budget
 from assay.certificate import Smoothed

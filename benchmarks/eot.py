@@ -21,7 +21,7 @@ from torch import Tensor
 from assay import data
 from assay.attack import Target
 from assay.attacks.losses import margin
-from assay.board import load_board
+from assay.boards import load_board
 from assay.noise import Noise
 from assay.norms import Ball
 from assay.registry import DEFENSES

@@ -25,8 +25,8 @@ from rich.table import Table
 
 from assay.attack import AttackSpec, Target
 from assay.cli_options import profile_of
+from assay.evaluation import execute
 from assay.prepare import Prepared, prepare
-from assay.run import execute
 
 
 class Clock:

@@ -43,16 +43,16 @@ from torch import Tensor, nn
 
 from assay import data
 from assay.attack import Target
-from assay.board import Board, load_board
+from assay.boards import Board, load_board
 from assay.card import Card, Traits
 from assay.certification import estimate
 from assay.defense import Defense
+from assay.evaluation import execute
 from assay.guard import vote
 from assay.noise import Noise
 from assay.prepare import prepare
 from assay.record import Estimate
 from assay.registry import ATTACKS, DEFENSES
-from assay.run import execute
 from assay.threat import ThreatModel, parse_eps
 
 CLASSES = 4

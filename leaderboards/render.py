@@ -16,7 +16,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from assay.board import board_names, load_board
+from assay.boards import board_names, load_board
 from assay.errors import InputError
 from assay.leaderboards import curves
 from assay.leaderboards.rows import LEVEL, Page, Row, collect, refuse_strays

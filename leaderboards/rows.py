@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from assay.board import Board, board_names
+from assay.boards import Board, board_names
 from assay.digest import ids_digest
 from assay.errors import InputError
 from assay.leaderboards.samples import Scores, check_certification, ranked_scores

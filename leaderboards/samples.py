@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from assay.board import Board
+from assay.boards import Board
 from assay.errors import IntegrityError
 from assay.record import SAMPLES, Certification, Estimate, Record
 

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from assay.board import Board
+from assay.boards import Board
 from assay.leaderboards.rows import Page
 from assay.leaderboards.text import csv_text, flags
 from assay.protocol import FAMILIES

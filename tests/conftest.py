@@ -98,8 +98,8 @@ def few_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def toy_run(zoo: ModuleType, toy_source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished, complete quick run of the stochastic toy; copy it before changing it."""
+    from assay.evaluation import execute
     from assay.prepare import prepare
-    from assay.run import execute
 
     folder = tmp_path_factory.mktemp("toy") / "run"
     prepared = prepare(f"{ZOO}:ABSTAINING", zoo.board(source=toy_source), trust=True)

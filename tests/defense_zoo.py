@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from assay import data
-from assay.board import Board
+from assay.boards import Board
 from assay.card import Card, Handle, Traits, Votes
 from assay.certificate import Smoothed
 from assay.defense import Defense

@@ -20,10 +20,10 @@ from assay.certificates.elastic_smoothing import ElasticSmoothing, elastic_noise
 from assay.certification import rederive
 from assay.certifying import check_card
 from assay.defense import Defense
+from assay.evaluation import execute
 from assay.noise import Noise
 from assay.prepare import prepare
 from assay.registry import CERTIFICATES, DEFENSES
-from assay.run import execute
 from assay.target import Target
 
 VARIANTS: dict[str, tuple[str, dict[str, str]]] = {

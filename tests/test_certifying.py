@@ -14,18 +14,18 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from assay.board import Board
+from assay.boards import Board
 from assay.card import Card, Traits, Votes
 from assay.certificates.smoothing import SMOOTHING
 from assay.certification import rederive
 from assay.checks.contradiction import contradiction
 from assay.defense import aggregate, vote_counts
 from assay.errors import CertificateError, DefenseError, InputError, IntegrityError
+from assay.evaluation import execute
 from assay.prepare import Prepared, prepare
 from assay.record import COUNTS, Certification, Record, read_record
 from assay.registry import resolve_certificate
 from assay.rules import CERTIFYING
-from assay.run import execute
 
 ZOO = Path(__file__).with_name("defense_zoo.py")
 RADII = ("1/8", "1/4", "1/2")

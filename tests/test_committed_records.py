@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from assay.board import load_board
+from assay.boards import load_board
 from assay.certification import rederive
 from assay.leaderboards.render import check_tables
 from assay.protocol import load_protocol

@@ -21,6 +21,7 @@ from assay import data
 from assay.card import Traits
 from assay.checks import PREFLIGHT
 from assay.defense import Defense
+from assay.evaluation import execute
 from assay.examination import Examination
 from assay.finding import Finding
 from assay.health import AttackHealth
@@ -31,7 +32,6 @@ from assay.protocol import PROTOCOLS, PlannedAttack
 from assay.record import Record, read_record
 from assay.reporter import Silent
 from assay.rules import HEALTH
-from assay.run import execute
 from assay.rundir import RunDir
 
 ZOO = Path(__file__).with_name("defense_zoo.py")

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from assay import data
-from assay.board import load_board
+from assay.boards import load_board
 from assay.checks import GRADIENTS, PREFLIGHT, Subject, run_checks
 from assay.defense import Defense
 from assay.finding import Finding

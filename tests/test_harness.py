@@ -17,7 +17,7 @@ from torch import Tensor
 
 from assay import data
 from assay.attack import AttackSpec, Target
-from assay.board import Board
+from assay.boards import Board
 from assay.defense import Defense
 from assay.errors import AttackError, DefenseError
 from assay.guard import vote as _vote

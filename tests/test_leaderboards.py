@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from assay.board import Board, load_board
+from assay.boards import Board, load_board
 from assay.digest import ids_digest
 from assay.errors import InputError, IntegrityError
 from assay.finding import Finding

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from assay.board import load_board
+from assay.boards import load_board
 from assay.errors import IntegrityError
 from assay.leaderboards import curves
 from assay.leaderboards.render import render

@@ -23,13 +23,13 @@ from assay.defenses import adp, denoised_smoothing, diffpure, gdmp, likelihood_m
 from assay.digest import sha256_of_file, sha256_of_json
 from assay.display import default_folder
 from assay.errors import InputError
+from assay.evaluation import execute
 from assay.leaderboards.render import render
 from assay.noise import Noise
 from assay.prepare import Prepared, prepare
 from assay.publish import publish_record
 from assay.record import RECORD, DefenseRef, Record, read_record
 from assay.registry import DEFENSES, resolve_defense
-from assay.run import execute
 
 FFDNET = Path(os.environ.get(data.DATA_VARIABLE, "")) / "denoisers" / "ffdnet_net_rgb.pth"
 CARD = Card(name="tuned", title="Tuned", summary="A toy with options.", traits=Traits(), datasets=("digits",))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from assay.board import board_names
+from assay.boards import board_names
 from assay.cli import app
 from assay.foreign import PACKAGES
 from assay.registry import ATTACKS, DEFENSES, is_foreign

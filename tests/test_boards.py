@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from assay import data
-from assay.board import board_names, load_board
+from assay.boards import board_names, load_board
 from assay.digest import ids_digest
 from assay.errors import InputError
 from assay.protocol import PROTOCOLS

@@ -23,11 +23,11 @@ from assay import data
 from assay.card import Traits
 from assay.defense import DefenseSpec
 from assay.errors import DefenseError, InputError, IntegrityError
+from assay.evaluation import execute
 from assay.prepare import Prepared, prepare
 from assay.record import BUNDLE, RECORD, SAMPLES, Record, read_record
 from assay.registry import DEFENSES
 from assay.reporter import Silent
-from assay.run import execute
 from assay.rundir import RunDir
 
 ZOO = Path(__file__).with_name("defense_zoo.py")
