@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import nn
 
 from assay.defense import Defense, DefenseSpec
 from assay.digest import sha256_of_json
 from assay.errors import InputError, nearest
 
+Module = TypeVar("Module", bound=nn.Module)
 PACKAGES = ("robustbench", "timm", "torchvision")
 """`PACKAGE:NAME` is a model of an installed package, never somebody's code."""
 
@@ -45,6 +50,37 @@ def find_object(name: str, *, loaded: bool = False) -> tuple[Any, str, str | Non
         public = [key for key in vars(module) if not key.startswith("_")]
         raise InputError(f"{location} has no object {attribute!r}.{nearest(attribute, public)}")
     return getattr(module, attribute), attribute, getattr(module, "__file__", None)
+
+
+def make_module(name: str, kind: type[Module], expected: str) -> Module:
+    """A module from somebody's code: an instance, or what a class or function makes without arguments. Executes it.
+
+    Args:
+        name: as `find_object` takes it.
+        kind: what it has to be; never a defense.
+        expected: what a user could give, for errors.
+
+    Raises:
+        InputError: for an object that is no such module and makes none.
+    """
+    thing, attribute, _ = find_object(name)
+    if isinstance(thing, Defense):
+        raise InputError(f"{name!r} is a defense already: run it by that name.")
+    if isinstance(thing, kind):
+        # A module stays imported: two builds share no parameter.
+        return copy.deepcopy(thing)
+    if isinstance(thing, nn.Module) or not callable(thing):
+        raise InputError(f"{name!r} is a {type(thing).__name__}; expected {expected}.")
+    try:
+        inspect.signature(thing).bind()
+    except TypeError as error:
+        raise InputError(
+            f"{attribute!r} can't be called without arguments: {error}. Name a function that can."
+        ) from error
+    made = thing()
+    if not isinstance(made, kind) or isinstance(made, Defense):
+        raise InputError(f"{name!r} makes a {type(made).__name__}; expected {expected}.")
+    return made
 
 
 def code_file(name: str) -> Path | None:

@@ -30,20 +30,22 @@ from assay.card import Aggregation, Card, Claim, Traits, Votes
 from assay.chain import Chain, State
 from assay.data import describe
 from assay.defense import DefenseSpec
-from assay.defenses.checkpoints import WEIGHTS, load_packaged, packaged
+from assay.defenses.behind import behind_files, take_classifier
+from assay.defenses.checkpoints import WEIGHTS, data_sets, load_packaged, packaged, trained
 from assay.defenses.denoiser import Denoiser, check_sigmas, encode
 from assay.defenses.denoiser_sources import denoiser_files, take_denoiser
 from assay.defenses.purified import IteratedPurification
-from assay.defenses.recipes import digits_energy, digits_score
+from assay.defenses.recipes import cifar10_score, digits_energy, digits_score
 from assay.defenses.schedule import column
 from assay.defenses.undefended import DIGITS as CLASSIFIER
 from assay.defenses.undefended import load_network
-from assay.defenses.undefended import weight_files as classifier_files
 from assay.defenses.variants import with_files, with_traits, with_votes
 from assay.errors import InputError, nearest
+from assay.foreign import OpenSpec
 from assay.noise import Noise
 
 SCORE = "digits/score.safetensors"
+CIFAR10 = "cifar10/score.safetensors"
 ENERGY = "digits/energy.safetensors"
 NOISE = 0.25
 """The injected noise's standard deviation in pixel units."""
@@ -151,8 +153,8 @@ CARD = Card(
     traits=Traits(stochastic=True, purifies=True, iterative=True),
     handles=("stages", "chain", "surrogate", "components", "votes"),
     votes=Votes(draws=RUNS, how="logits"),
-    datasets=("digits",),
-    weights=packaged(SCORE, CLASSIFIER),
+    datasets=data_sets(SCORE, CIFAR10),
+    weights=packaged(*trained(SCORE, CIFAR10), CLASSIFIER),
     # Two calls of the score model a step, and one of the classifier.
     network_calls=2 * STEPS + 1,
     # The chain runs every part again in its backward pass.
@@ -170,6 +172,7 @@ ENERGY_CARD = CARD.model_copy(
         "summary": f"Noise of .25, then {STEPS} adaptive steps down an energy; logits averaged over {RUNS} runs.",
         "choices": (*CARD.choices, "E(x) = ½‖x − r(x)‖² with a small U-shaped network r"),
         "traits": Traits(stochastic=True, purifies=True, iterative=True, inner_gradient=True),
+        "datasets": ("digits",),
         "weights": packaged(ENERGY, CLASSIFIER),
         "claims": (),
     }
@@ -190,10 +193,15 @@ class AdaptivePurification(IteratedPurification):
         super().__init__(purifier, classifier, n_classes, card)
 
 
-def weight_files(dataset: str, *, denoiser: str = "") -> dict[str, Path]:
+def _score_files(dataset: str) -> dict[str, Path]:
+    name = CIFAR10 if dataset == "cifar10" else SCORE
+    return {name: WEIGHTS / name}
+
+
+def weight_files(dataset: str, *, denoiser: str = "", classifier: str = "") -> dict[str, Path]:
     """The weight files that `load` reads."""
-    files = denoiser_files(denoiser) if denoiser else {SCORE: WEIGHTS / SCORE}
-    return {**files, **classifier_files(dataset)}
+    files = denoiser_files(denoiser) if denoiser else _score_files(dataset)
+    return {**files, **behind_files(classifier, dataset)}
 
 
 def energy_files(dataset: str) -> dict[str, Path]:
@@ -205,6 +213,7 @@ def load(
     dataset: str,
     *,
     denoiser: str = "",
+    classifier: str = "",
     randomized: bool = True,
     sigma: float = NOISE,
     steps: int = STEPS,
@@ -212,11 +221,12 @@ def load(
     votes: int = RUNS,
     average: str = "logits",
 ) -> AdaptivePurification:
-    """ADP on a score network, before the undefended classifier.
+    """ADP on a score network, before a classifier.
 
     Args:
-        dataset: digits, or with a `denoiser` cifar10 too.
+        dataset: digits, or cifar10 where its weights are packaged or with a `denoiser`.
         denoiser: whose score is climbed, see `assay.defenses.denoiser_sources`; empty for the packaged score network.
+        classifier: see `assay.defenses.behind`; empty for the undefended one.
         randomized: False leaves the noise out; such a purifier answers from one run.
         sigma: the injected noise's standard deviation in pixel units; the score is read at its level.
         steps: at most.
@@ -226,21 +236,23 @@ def load(
         average: what is averaged: logits, probabilities or majority.
 
     Raises:
-        InputError: for a denoiser that can't be used, or a noise level, a number or a name outside its range.
+        InputError: for a denoiser or classifier that can't be used, or a noise level, a number or a name outside its
+            range.
     """
     network: Denoiser
     if denoiser:
         network = take_denoiser(denoiser, dataset)
     else:
-        network = digits_score()
-        load_packaged(network, SCORE)
+        network = cifar10_score() if dataset == "cifar10" else digits_score()
+        load_packaged(network, *_score_files(dataset))
     purifier = AdaptivePurifier(network, 2 * sigma, steps, randomized, sigma, rate)
     purifier.chain()  # refuses what can't run, before anything does
     card = CARD
-    if (denoiser, randomized, sigma, steps, rate, votes, average) != ("", True, NOISE, STEPS, RATE, RUNS, "logits"):
-        files = weight_files(dataset, denoiser=denoiser)
+    options = (randomized, sigma, steps, rate, votes, average)
+    if dataset != "digits" or denoiser or classifier or options != (True, NOISE, STEPS, RATE, RUNS, "logits"):
+        files = weight_files(dataset, denoiser=denoiser, classifier=classifier)
         card = with_files(_averaging(average, votes, randomized), files, **_described(purifier))
-    return AdaptivePurification(purifier, load_network(dataset), describe(dataset).n_classes, card)
+    return AdaptivePurification(purifier, take_classifier(classifier, dataset), describe(dataset).n_classes, card)
 
 
 def _averaging(average: str, votes: int, randomized: bool) -> Card:
@@ -255,7 +267,7 @@ def _averaging(average: str, votes: int, randomized: bool) -> Card:
 def _described(purifier: AdaptivePurifier) -> dict[str, Any]:
     noise = f"Noise of {purifier.noise:g}, then" if purifier.randomized else "No noise;"
     return {
-        "summary": f"{noise} {purifier.steps} adaptive steps up a score, before the undefended classifier.",
+        "summary": f"{noise} {purifier.steps} adaptive steps up a score, then the classifier.",
         "choices": (
             f"the score is read at σ = {purifier.level:g} in [-1, 1] units, λ = {purifier.rate:g}",
             *CARD.choices[2:],
@@ -273,5 +285,5 @@ def load_energy(dataset: str) -> AdaptivePurification:
     return AdaptivePurification(purifier, load_network(dataset), describe(dataset).n_classes, ENERGY_CARD)
 
 
-SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",))
+SPEC = OpenSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",), code=("denoiser", "classifier"))
 ADP_ENERGY = DefenseSpec(ENERGY_CARD, load_energy, Path(__file__), energy_files)

@@ -21,10 +21,11 @@ from assay.card import Card, Traits
 from assay.defense import DefenseSpec, Stages
 from assay.defenses.checkpoints import packaged
 from assay.defenses.class_errors import Grid, Level, Sift, Spacing, Weighting, plain_levels
+from assay.defenses.conditional import cifar10_files
 from assay.defenses.denoiser import Denoiser, decode, encode
 from assay.defenses.diffusion_classifier import DIGITS, EVERY, load_denoiser, sifting, weight_files
 from assay.defenses.noised_diffusion import SIGMA, VOTES, NoisedDiffusionClassifier, described_noised, noised_grid
-from assay.defenses.variants import with_traits, without_handle
+from assay.defenses.variants import ON_UNET, with_traits, without_handle
 from assay.errors import InputError
 from assay.noise import Noise
 
@@ -46,8 +47,8 @@ CARD = Card(
     handles=("stages", "chain", "surrogate", "components", "votes", "certified"),
     certificate="smoothing",
     votes=VOTES,
-    datasets=("digits",),
-    weights=packaged(DIGITS),
+    datasets=ON_UNET,
+    weights=packaged(DIGITS, *cifar10_files()),
     # One call for x̂_0, and one a level.
     network_calls=5,
     gradient_calls=5,
@@ -139,7 +140,8 @@ def load(
     """APNDC with the card's choices.
 
     Args:
-        dataset: digits. It needs a denoiser that works with and without a class, which no one can bring yet.
+        dataset: digits, or cifar10 where its weights are packaged: it needs a denoiser that works with and without a
+            class, which no one can bring yet.
         renoise: what the levels' noise is added to: denoised, x̂_0, or noised, x_τ.
         sigma: the smoothing noise's standard deviation in pixel units.
         votes: draws of the majority.
@@ -154,14 +156,14 @@ def load(
     grid, sift = noised_grid(sigma, levels, highest, spacing), sifting(keep, every)
     defense = APNDC(load_denoiser(dataset), sigma, grid, weighting, renoise=renoise, samples=samples, sift=sift)
     usual = ("denoised", SIGMA, VOTES.draws, APNDC.own_weighting, DIGITS_GRID, 1, None)
-    if (renoise, sigma, votes, weighting, grid, samples, sift) != usual:
+    if dataset != "digits" or (renoise, sigma, votes, weighting, grid, samples, sift) != usual:
         to = "it" if renoise == "denoised" else "the noised one"
         summary = f"denoises it in one step, and compares how well each class restores that image from noise on {to}"
         card = CARD.model_copy(update={"summary": summary})
         if renoise == "noised":
             # The classifier sees the noised image too: there is no half that purifies.
             card = with_traits(without_handle(card, "stages"), purifies=False)
-        defense.card = described_noised(defense, card, votes)
+        defense.card = described_noised(defense, card, votes, weight_files(dataset))
     return defense
 
 

@@ -54,6 +54,16 @@ def packaged(*names: str) -> dict[str, str]:
     return {name: entries[name]["sha256"] for name in names}
 
 
+def trained(*names: str) -> tuple[str, ...]:
+    """Those of these files that the manifest lists: the same network's, of several data sets, each in its folder."""
+    return tuple(name for name in names if name in read_manifest())
+
+
+def data_sets(*names: str) -> tuple[str, ...]:
+    """The data sets that `trained` finds weights for."""
+    return tuple(name.partition("/")[0] for name in trained(*names))
+
+
 def load_packaged(module: nn.Module, name: str) -> None:
     """Loads one of the project's own weight files into `module`; see `load_weights`."""
     load_weights(module, WEIGHTS / name, packaged(name)[name])

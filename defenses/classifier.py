@@ -7,8 +7,6 @@ normalisation once, so it then has to show that it recognises images.
 
 from __future__ import annotations
 
-import copy
-import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +15,7 @@ from torch import nn
 
 from assay import data
 from assay.card import Card
-from assay.defense import Defense, DefenseSpec
+from assay.defense import DefenseSpec
 from assay.defenses.classifier_sources import (
     Preprocessed,
     check_classifier,
@@ -29,7 +27,7 @@ from assay.defenses.undefended import Classifier
 from assay.defenses.variants import with_files
 from assay.defenses.zoo import Borrowed, borrow, borrowed_files, plain_network
 from assay.errors import InputError
-from assay.foreign import OpenSpec, code_file, find_object, is_code
+from assay.foreign import OpenSpec, code_file, is_code, make_module
 
 CARD = Card(
     name="classifier",
@@ -80,7 +78,11 @@ def take_network(
         network = borrowed.network
     else:
         code = is_code(architecture)
-        plain = make_network(architecture) if code else plain_network(package, name, described.n_classes)
+        plain = (
+            make_module(architecture, nn.Module, _EXPECTED)
+            if code
+            else plain_network(package, name, described.n_classes)
+        )
         if weights:
             load_file(plain, Path(weights).expanduser(), key)
         elif key:
@@ -92,32 +94,6 @@ def take_network(
     if smoke:
         check_classifier(network, dataset, architecture)
     return network, borrowed
-
-
-def make_network(name: str) -> nn.Module:
-    """A network from somebody's code: a module, or a class or function that makes one without arguments. Executes it.
-
-    Raises:
-        InputError: for an object that is neither.
-    """
-    thing, attribute, _ = find_object(name)
-    if isinstance(thing, Defense):
-        raise InputError(f"{name!r} is a defense already: run it by that name.")
-    if isinstance(thing, nn.Module):
-        # A module stays imported: two builds share no parameter.
-        return copy.deepcopy(thing)
-    if not callable(thing):
-        raise InputError(f"{name!r} is a {type(thing).__name__}; expected {_EXPECTED}.")
-    try:
-        inspect.signature(thing).bind()
-    except TypeError as error:
-        raise InputError(
-            f"{attribute!r} can't be called without arguments: {error}. Name a function that can."
-        ) from error
-    made = thing()
-    if not isinstance(made, nn.Module) or isinstance(made, Defense):
-        raise InputError(f"{name!r} makes a {type(made).__name__}; expected a torch.nn.Module from images to logits.")
-    return made
 
 
 def weight_files(dataset: str, *, architecture: str = "", weights: str = "") -> dict[str, Path]:

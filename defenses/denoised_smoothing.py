@@ -18,15 +18,13 @@ from torch import Tensor, nn
 from assay.card import Card, Traits, Votes
 from assay.certificate import Smoothed
 from assay.data import describe
-from assay.defense import DefenseSpec
-from assay.defenses.checkpoints import WEIGHTS, packaged
+from assay.defenses.behind import behind_files, take_classifier
+from assay.defenses.checkpoints import packaged
 from assay.defenses.denoiser import Denoiser, check_sigmas, decode, encode
-from assay.defenses.denoiser_sources import denoiser_files
 from assay.defenses.purified import PurifiedClassifier
 from assay.defenses.undefended import DIGITS as CLASSIFIER
-from assay.defenses.undefended import load_network
-from assay.defenses.undefended import weight_files as classifier_files
-from assay.defenses.variants import unet_or_taken, with_files, with_votes
+from assay.defenses.variants import ON_UNET, unet_files, unet_or_taken, with_files, with_votes
+from assay.foreign import OpenSpec
 from assay.noise import Noise
 
 DENOISER = "digits/denoiser.safetensors"
@@ -44,7 +42,7 @@ CARD = Card(
     handles=("stages", "components", "votes", "certified"),
     certificate="smoothing",
     votes=Votes(draws=VOTES, how="majority"),
-    datasets=("digits",),
+    datasets=ON_UNET,
     weights=packaged(DENOISER, CLASSIFIER),
     # The denoiser and the classifier, once each.
     network_calls=2,
@@ -87,34 +85,37 @@ class DenoisedSmoothing(PurifiedClassifier):
         return Smoothed(self.sigma, lambda noised, noise: self.classify(self.restore(noised), noise))
 
 
-def weight_files(dataset: str, *, denoiser: str = "") -> dict[str, Path]:
+def weight_files(dataset: str, *, denoiser: str = "", classifier: str = "") -> dict[str, Path]:
     """The weight files that `load` reads."""
-    files = denoiser_files(denoiser) if denoiser else {DENOISER: WEIGHTS / DENOISER}
-    return {**files, **classifier_files(dataset)}
+    return {**unet_files(denoiser, dataset, DENOISER), **behind_files(classifier, dataset)}
 
 
-def load(dataset: str, *, denoiser: str = "", sigma: float = SIGMA, votes: int = VOTES) -> DenoisedSmoothing:
-    """The smoothed pair of denoiser and undefended classifier.
+def load(
+    dataset: str, *, denoiser: str = "", classifier: str = "", sigma: float = SIGMA, votes: int = VOTES
+) -> DenoisedSmoothing:
+    """The smoothed pair of denoiser and classifier.
 
     Args:
-        dataset: digits, or with a `denoiser` cifar10 too.
+        dataset: digits, or cifar10 where its weights are packaged or with a `denoiser`.
         denoiser: see `assay.defenses.denoiser_sources`; empty for the packaged one.
+        classifier: see `assay.defenses.behind`; empty for the undefended one.
         sigma: the noise's standard deviation in pixel units.
         votes: draws of the majority.
 
     Raises:
-        InputError: for a denoiser that can't be used, or a noise level or number of votes outside its range.
+        InputError: for a denoiser or classifier that can't be used, or a noise level or number of votes outside its
+            range.
     """
     network = unet_or_taken(denoiser, dataset, DENOISER)
     card = CARD
-    if denoiser or (sigma, votes) != (SIGMA, VOTES):
+    if dataset != "digits" or denoiser or classifier or (sigma, votes) != (SIGMA, VOTES):
         card = with_files(
             with_votes(CARD, votes),
-            weight_files(dataset, denoiser=denoiser),
+            weight_files(dataset, denoiser=denoiser, classifier=classifier),
             title="Denoised smoothing",
             summary=f"One-shot denoising of an image under noise of {sigma:g}; a majority of {votes} such draws.",
         )
-    return DenoisedSmoothing(network, load_network(dataset), sigma, describe(dataset).n_classes, card)
+    return DenoisedSmoothing(network, take_classifier(classifier, dataset), sigma, describe(dataset).n_classes, card)
 
 
-SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",))
+SPEC = OpenSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",), code=("denoiser", "classifier"))

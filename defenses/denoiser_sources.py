@@ -1,9 +1,10 @@
 """Denoisers that people bring: a diffusers folder or hub id, or a weight file.
 
-A source is recognised by what is in it, not by its name. Nothing is executed: safetensors, or torch
-files read with `weights_only`; keys have to agree exactly. Each denoiser that comes from outside
-then has to show on images that it denoises (`check_denoiser`), which finds much of what no key can:
-pixels in another range, another schedule, raw instead of averaged weights.
+A source is recognised by what is in it, not by its name. Files are not executed: safetensors, or torch
+files read with `weights_only`; keys have to agree exactly. Whose network is none of these names code that
+makes it. Each denoiser that comes from outside then has to show on images that it denoises
+(`check_denoiser`), which finds much of what no key can: pixels in another range, another schedule, raw
+instead of averaged weights.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from assay.defenses.denoiser_formats import FORMATS, config_file, read_json, rea
 from assay.defenses.gaussian_networks import FDnCNN, FFDNet
 from assay.defenses.schedule import Schedule, with_start
 from assay.errors import InputError
+from assay.foreign import code_file, is_code, make_module
 from assay.noise import Noise
 
 UNDERSTOOD = (
     "a diffusers folder (the config.json and diffusion_pytorch_model.safetensors of a UNet2DModel with a "
     "scheduler_config.json beside them, or the same in unet/ and scheduler/), the hub id owner/name of one, or a torch "
-    f"or safetensors file with the weights of FDnCNN or FFDNet for colour images, or of {FORMATS}"
+    f"or safetensors file with the weights of FDnCNN or FFDNet for colour images, or of {FORMATS}; or module:object or "
+    "path.py:object of an assay.defenses.denoiser.Denoiser, or of what makes one"
 )
 _CONFIG, _SCHEDULER = "config.json", "scheduler_config.json"
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -53,7 +56,7 @@ def take_denoiser(source: str, dataset: str, n_classes: int = 0) -> Denoiser:
     """
     denoiser = load_denoiser(source)
     channels = data.describe(dataset).shape[0]
-    made_for = _channels(denoiser)
+    made_for = channels if is_code(source) else _channels(denoiser)
     if made_for != channels:
         raise InputError(f"{source} is for images of {made_for} channels; those of {dataset} have {channels}.")
     if denoiser.n_classes and not n_classes:
@@ -78,6 +81,8 @@ def load_denoiser(source: str) -> Denoiser:
         InputError: for a source that is not found or not understood, or whose keys or shapes don't
             fit (the differences are listed).
     """
+    if is_code(source):
+        return make_module(source, Denoiser, UNDERSTOOD).eval()
     path = _locate(source)
     denoiser = _from_folder(path) if path.is_dir() else _from_file(path)
     return denoiser.eval()
@@ -89,6 +94,9 @@ def denoiser_files(source: str) -> dict[str, Path]:
     Raises:
         InputError: for a source that is not found or not understood.
     """
+    if is_code(source):
+        file = code_file(source)
+        return {f"denoiser/{file.name}": file} if file is not None else {}
     path = _locate(source)
     if path.is_file():
         beside = config_file(path)

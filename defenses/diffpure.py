@@ -20,16 +20,14 @@ from torch import nn
 
 from assay.card import Card, Traits
 from assay.data import describe
-from assay.defense import DefenseSpec
-from assay.defenses.checkpoints import WEIGHTS, packaged
-from assay.defenses.conditional import cifar10_denoiser, cifar10_files
-from assay.defenses.denoiser_sources import denoiser_files
+from assay.defenses.behind import behind_files, take_classifier
+from assay.defenses.checkpoints import packaged
+from assay.defenses.conditional import cifar10_files
 from assay.defenses.purified import IteratedPurification
 from assay.defenses.purifier import ImagePurifier, Purifier
 from assay.defenses.undefended import DIGITS as CLASSIFIER
-from assay.defenses.undefended import load_network
-from assay.defenses.undefended import weight_files as classifier_files
-from assay.defenses.variants import counted, unet_or_taken, with_files, with_purifier
+from assay.defenses.variants import ON_UNET, counted, unet_files, unet_or_taken, with_files, with_purifier
+from assay.foreign import OpenSpec
 
 DENOISER = "digits/denoiser.safetensors"
 LEVEL = 150
@@ -47,7 +45,7 @@ CARD = Card(
     ),
     traits=Traits(stochastic=True, purifies=True, iterative=True),
     handles=("stages", "chain", "surrogate", "components"),
-    datasets=("digits", "cifar10") if cifar10_files() else ("digits",),
+    datasets=ON_UNET,
     weights=packaged(DENOISER, CLASSIFIER, *cifar10_files()),
     # One call of the denoiser a step, and one of the classifier.
     network_calls=STEPS + 1,
@@ -70,41 +68,36 @@ class DiffPure(IteratedPurification):
         super().__init__(purifier, classifier, n_classes, card)
 
 
-def weight_files(dataset: str, *, denoiser: str = "") -> dict[str, Path]:
+def weight_files(dataset: str, *, denoiser: str = "", classifier: str = "") -> dict[str, Path]:
     """The weight files that `load` reads."""
-    if denoiser:
-        files = denoiser_files(denoiser)
-    else:
-        files = cifar10_files() if dataset == "cifar10" else {DENOISER: WEIGHTS / DENOISER}
-    return {**files, **classifier_files(dataset)}
+    return {**unet_files(denoiser, dataset, DENOISER), **behind_files(classifier, dataset)}
 
 
-def load(dataset: str, *, denoiser: str = "", level: int = LEVEL, steps: int = STEPS) -> DiffPure:
-    """DiffPure before the undefended classifier.
+def load(dataset: str, *, denoiser: str = "", classifier: str = "", level: int = LEVEL, steps: int = STEPS) -> DiffPure:
+    """DiffPure before a classifier.
 
     Args:
         dataset: digits, or cifar10 where its weights are packaged or with a `denoiser`.
         denoiser: see `assay.defenses.denoiser_sources`; empty for the packaged one.
+        classifier: see `assay.defenses.behind`; empty for the undefended one.
         level: t*, in levels of the denoiser's schedule.
         steps: reverse steps.
 
     Raises:
-        InputError: for a denoiser that can't be used, or a level or number of steps outside its range.
+        InputError: for a denoiser or classifier that can't be used, or a level or number of steps outside its range.
     """
-    trained = dataset == "cifar10" and not denoiser
-    network = cifar10_denoiser() if trained else unet_or_taken(denoiser, dataset, DENOISER)
-    purifier = Purifier(network, level, steps)
+    purifier = Purifier(unet_or_taken(denoiser, dataset, DENOISER), level, steps)
     process = purifier.chain()  # refuses what can't run, before anything does
     card = CARD
-    if denoiser or trained or (level, steps) != (LEVEL, STEPS):
+    if dataset != "digits" or denoiser or classifier or (level, steps) != (LEVEL, STEPS):
         taken = counted(steps, "ancestral step")
         card = with_files(
             with_purifier(CARD, process),
-            weight_files(dataset, denoiser=denoiser),
+            weight_files(dataset, denoiser=denoiser, classifier=classifier),
             summary=f"Diffuses the image to t* = {level}, takes {taken} back, then classifies.",
             choices=CARD.choices[:1],
         )
-    return DiffPure(purifier, load_network(dataset), describe(dataset).n_classes, card)
+    return DiffPure(purifier, take_classifier(classifier, dataset), describe(dataset).n_classes, card)
 
 
-SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",))
+SPEC = OpenSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",), code=("denoiser", "classifier"))

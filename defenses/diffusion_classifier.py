@@ -20,7 +20,7 @@ at a network call a class.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -30,14 +30,16 @@ from assay.card import Card, Traits
 from assay.certificates.diffusion_errors import ClassErrors
 from assay.chain import Chain, State
 from assay.data import describe
-from assay.defense import Defense, DefenseSpec
-from assay.defenses.checkpoints import WEIGHTS, load_packaged, packaged
+from assay.defense import Defense
+from assay.defenses.checkpoints import load_packaged, packaged
 from assay.defenses.class_errors import Comparison, Grid, Level, Sift, Spacing, Weighting, plain_levels
-from assay.defenses.denoiser import Denoiser, encode
-from assay.defenses.denoiser_sources import denoiser_files, take_denoiser
+from assay.defenses.conditional import cifar10_denoiser, cifar10_files
+from assay.defenses.denoiser import Denoiser, EDMDenoiser, encode
+from assay.defenses.denoiser_sources import take_denoiser
 from assay.defenses.recipes import digits_heads
-from assay.defenses.variants import counted, with_files, with_traits
+from assay.defenses.variants import ON_UNET, counted, unet_files, with_files, with_traits
 from assay.errors import InputError
+from assay.foreign import OpenSpec
 from assay.noise import Noise
 
 DIGITS = "digits/heads.safetensors"
@@ -63,8 +65,8 @@ CARD = Card(
     ),
     traits=Traits(stochastic=True, iterative=True),
     handles=("chain", "surrogate"),
-    datasets=("digits",),
-    weights=packaged(DIGITS),
+    datasets=ON_UNET,
+    weights=packaged(DIGITS, *cifar10_files()),
     network_calls=6,
     gradient_calls=6,
 )
@@ -199,11 +201,7 @@ def certifying(card: Card, bound: float) -> Card:
 
 def weight_files(dataset: str, *, denoiser: str = "") -> dict[str, Path]:
     """The weight files that `load` reads."""
-    return _files(denoiser)
-
-
-def _files(source: str) -> dict[str, Path]:
-    return denoiser_files(source) if source else {DIGITS: WEIGHTS / DIGITS}
+    return unet_files(denoiser, dataset, DIGITS)
 
 
 def load_denoiser(dataset: str, source: str = "") -> Denoiser:
@@ -218,8 +216,12 @@ def load_denoiser(dataset: str, source: str = "") -> Denoiser:
     n_classes = describe(dataset).n_classes
     if source:
         return take_denoiser(source, dataset, n_classes)
-    denoiser = digits_heads()
-    load_packaged(denoiser, DIGITS)
+    denoiser: Denoiser
+    if dataset == "cifar10":
+        denoiser = cifar10_denoiser()
+    else:
+        denoiser = digits_heads()
+        load_packaged(denoiser, DIGITS)
     assert denoiser.n_classes == n_classes
     return denoiser
 
@@ -237,13 +239,13 @@ def sifting(keep: int, every: int) -> Sift | None:
     return Sift(keep, every) if keep else None
 
 
-def described(defense: DiffusionClassifier, card: Card, source: str, more: Sequence[str] = ()) -> Card:
+def described(defense: DiffusionClassifier, card: Card, files: Mapping[str, Path], more: Sequence[str] = ()) -> Card:
     """What all diffusion classifiers' cards say of their options.
 
     Args:
         defense: as it was built.
         card: the registry's, with what is the subclass's own.
-        source: of the denoiser; empty for the packaged one.
+        files: the denoiser's, by name.
         more: further choices.
     """
     grid, sift, chain = defense.grid, defense.sift, defense.chain()
@@ -252,14 +254,16 @@ def described(defense: DiffusionClassifier, card: Card, source: str, more: Seque
     choices = [
         f"{levels} in [-1, 1] units, {counted(defense.samples, 'noise sample')} each",
         f"the weighting {defense.weighting!r}",
-        "a network call a class" if source else "all classes from one call of a network with a head a class",
+        "all classes from one call of a network with a head a class"
+        if isinstance(defense.denoiser, EDMDenoiser)
+        else "a network call a class",
     ]
     if sift is not None:
         choices.append(f"sift-and-refine: all classes at one level in {sift.every}, the best {sift.keep} at the others")
     # A draw is one batch, not the chain: its backward pass runs nothing again.
     calls = {"network_calls": chain.network_calls, "gradient_calls": chain.network_calls}
     changed = with_traits(card, iterative=len(chain) > 1)
-    return with_files(changed, _files(source), choices=(*choices, *more), **calls)
+    return with_files(changed, files, choices=(*choices, *more), **calls)
 
 
 def load(
@@ -279,7 +283,7 @@ def load(
     """The diffusion classifier with the card's choices.
 
     Args:
-        dataset: digits, or with a `denoiser` cifar10 too.
+        dataset: digits, or cifar10 where its weights are packaged or with a `denoiser`.
         denoiser: a class-conditional one, see `assay.defenses.denoiser_sources`; empty for the packaged one.
         weighting: training (EDM's, the paper's choice) or elbo.
         levels, lowest, highest, spacing: the grid of noise levels, in [−1, 1] units; spacing is linear or log.
@@ -300,14 +304,17 @@ def load(
         defense: DiffusionClassifier = BoundedClassifier(network, bound, grid, weighting, samples=samples)
     else:
         defense = DiffusionClassifier(network, grid, weighting, samples=samples, sift=sift)
-    if denoiser or (weighting, grid, samples, sift, bound) != ("elbo", DIGITS_GRID, 1, None, 0.0):
+    options = (weighting, grid, samples, sift, bound)
+    if dataset != "digits" or denoiser or options != ("elbo", DIGITS_GRID, 1, None, 0.0):
         summary = (
             "Answers with the class whose conditional denoiser restores the noised image best, over "
             f"{counted(levels, 'noise level')}."
         )
-        card = described(defense, CARD.model_copy(update={"summary": summary}), denoiser)
+        card = described(
+            defense, CARD.model_copy(update={"summary": summary}), weight_files(dataset, denoiser=denoiser)
+        )
         defense.card = certifying(card, bound) if bound else card
     return defense
 
 
-SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",))
+SPEC = OpenSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",), code=("denoiser",))

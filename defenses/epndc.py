@@ -42,12 +42,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from assay.card import Card, Traits
-from assay.defense import DefenseSpec
 from assay.defenses.checkpoints import packaged
 from assay.defenses.class_errors import Grid, Level, Spacing, Weighting, training_weight
+from assay.defenses.conditional import cifar10_files
 from assay.defenses.diffusion_classifier import DIGITS, EVERY, load_denoiser, sifting, weight_files
 from assay.defenses.noised_diffusion import SIGMA, VOTES, NoisedDiffusionClassifier, described_noised, noised_grid
+from assay.defenses.variants import ON_UNET
 from assay.errors import InputError
+from assay.foreign import OpenSpec
 
 DIGITS_GRID = Grid(2 * SIGMA, 3.0, 5, "log")
 
@@ -66,8 +68,8 @@ CARD = Card(
     handles=("chain", "surrogate", "components", "votes", "certified"),
     certificate="smoothing",
     votes=VOTES,
-    datasets=("digits",),
-    weights=packaged(DIGITS),
+    datasets=ON_UNET,
+    weights=packaged(DIGITS, *cifar10_files()),
     network_calls=5,
     gradient_calls=5,
 )
@@ -130,7 +132,7 @@ def load(
     """EPNDC with the card's choices.
 
     Args:
-        dataset: digits, or with a `denoiser` cifar10 too.
+        dataset: digits, or cifar10 where its weights are packaged or with a `denoiser`.
         denoiser: a class-conditional one, see `assay.defenses.denoiser_sources`; empty for the packaged one.
         sigma: the smoothing noise's standard deviation in pixel units.
         votes: draws of the majority.
@@ -145,10 +147,11 @@ def load(
     grid, sift = noised_grid(sigma, levels, highest, spacing), sifting(keep, every)
     defense = EPNDC(load_denoiser(dataset, denoiser), sigma, grid, weighting, samples=samples, sift=sift)
     usual = (SIGMA, VOTES.draws, EPNDC.own_weighting, DIGITS_GRID, 1, None)
-    if denoiser or (sigma, votes, weighting, grid, samples, sift) != usual:
+    if dataset != "digits" or denoiser or (sigma, votes, weighting, grid, samples, sift) != usual:
         summary = "compares how well a class-conditional diffusion explains it under each class"
-        defense.card = described_noised(defense, CARD.model_copy(update={"summary": summary}), votes, denoiser)
+        card, files = CARD.model_copy(update={"summary": summary}), weight_files(dataset, denoiser=denoiser)
+        defense.card = described_noised(defense, card, votes, files)
     return defense
 
 
-SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",))
+SPEC = OpenSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",), code=("denoiser",))

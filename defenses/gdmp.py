@@ -20,15 +20,15 @@ from torch import Tensor
 
 from assay.card import Card, Traits
 from assay.data import describe
-from assay.defense import DefenseSpec
+from assay.defenses.behind import take_classifier
 from assay.defenses.checkpoints import packaged
 from assay.defenses.denoiser import encode
 from assay.defenses.diffpure import DENOISER, DiffPure, weight_files
 from assay.defenses.guidance import GuidedPurifier
 from assay.defenses.purifier import posterior
 from assay.defenses.undefended import DIGITS as CLASSIFIER
-from assay.defenses.undefended import load_network
-from assay.defenses.variants import check_scale, counted, unet_or_taken, with_files, with_purifier
+from assay.defenses.variants import ON_UNET, check_scale, counted, unet_or_taken, with_files, with_purifier
+from assay.foreign import OpenSpec
 from assay.noise import Noise
 
 LEVEL = 100
@@ -77,7 +77,7 @@ CARD = Card(
     ),
     traits=Traits(stochastic=True, purifies=True, iterative=True),
     handles=("stages", "chain", "surrogate", "components"),
-    datasets=("digits",),
+    datasets=ON_UNET,
     weights=packaged(DENOISER, CLASSIFIER),
     network_calls=ROUNDS * STEPS + 1,
     # The chain runs every step once more to differentiate it.
@@ -89,33 +89,35 @@ def load(
     dataset: str,
     *,
     denoiser: str = "",
+    classifier: str = "",
     level: int = LEVEL,
     steps: int = STEPS,
     rounds: int = ROUNDS,
     scale: float = SCALE,
 ) -> DiffPure:
-    """GDMP before the undefended classifier.
+    """GDMP before a classifier.
 
     Args:
-        dataset: digits, or with a `denoiser` cifar10 too.
+        dataset: digits, or cifar10 where its weights are packaged or with a `denoiser`.
         denoiser: see `assay.defenses.denoiser_sources`; empty for the packaged one.
+        classifier: see `assay.defenses.behind`; empty for the undefended one.
         level: t*, in levels of the denoiser's schedule.
         steps: reverse steps of a round.
         rounds: times that the image is diffused and denoised.
         scale: s; 0 leaves the guidance out.
 
     Raises:
-        InputError: for a denoiser that can't be used, or a number outside its range.
+        InputError: for a denoiser or classifier that can't be used, or a number outside its range.
     """
     network = unet_or_taken(denoiser, dataset, DENOISER)
     purifier = TowardsInput(network, level, steps, rounds, scale=scale)
     process = purifier.chain()  # refuses what can't run, before anything does
     card = CARD
-    if denoiser or (level, steps, rounds, scale) != (LEVEL, STEPS, ROUNDS, SCALE):
+    if dataset != "digits" or denoiser or classifier or (level, steps, rounds, scale) != (LEVEL, STEPS, ROUNDS, SCALE):
         times = f", {rounds} times" if rounds > 1 else ""
         card = with_files(
             with_purifier(CARD, process),
-            weight_files(dataset, denoiser=denoiser),
+            weight_files(dataset, denoiser=denoiser, classifier=classifier),
             summary=f"Diffuses the image to t* = {level} and takes {counted(steps, 'step')} back{times}, each but a "
             "round's last guided towards the input; then classifies.",
             choices=(
@@ -124,7 +126,7 @@ def load(
                 f"the scale is s·σ with s = {scale:g} for a distance summed over pixels in [−1, 1]",
             ),
         )
-    return DiffPure(purifier, load_network(dataset), describe(dataset).n_classes, card)
+    return DiffPure(purifier, take_classifier(classifier, dataset), describe(dataset).n_classes, card)
 
 
-SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",))
+SPEC = OpenSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",), code=("denoiser", "classifier"))

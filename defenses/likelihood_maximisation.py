@@ -23,15 +23,15 @@ from torch import Tensor
 from assay.card import Card, Traits
 from assay.chain import Chain, State, inner_gradient
 from assay.data import describe
-from assay.defense import DefenseSpec
+from assay.defenses.behind import take_classifier
 from assay.defenses.checkpoints import packaged
 from assay.defenses.denoiser import Denoiser, check_sigmas, decode, encode
 from assay.defenses.diffpure import DENOISER, DiffPure, weight_files
 from assay.defenses.schedule import column
 from assay.defenses.undefended import DIGITS as CLASSIFIER
-from assay.defenses.undefended import load_network
-from assay.defenses.variants import counted, unet_or_taken, with_files, with_purifier
+from assay.defenses.variants import ON_UNET, counted, unet_or_taken, with_files, with_purifier
 from assay.errors import InputError
+from assay.foreign import OpenSpec
 from assay.noise import Noise
 
 RADIUS = 0.2
@@ -124,7 +124,7 @@ CARD = Card(
     ),
     traits=Traits(stochastic=True, purifies=True, iterative=True, inner_gradient=True),
     handles=("stages", "chain", "surrogate", "components"),
-    datasets=("digits",),
+    datasets=ON_UNET,
     weights=packaged(DENOISER, CLASSIFIER),
     network_calls=STEPS + 1,
     # The chain runs every step once more to differentiate it.
@@ -136,34 +136,41 @@ def load(
     dataset: str,
     *,
     denoiser: str = "",
+    classifier: str = "",
     steps: int = STEPS,
     step_size: float = STEP_SIZE,
     radius: float = RADIUS,
     lowest: float = SIGMAS[0],
     highest: float = SIGMAS[1],
 ) -> DiffPure:
-    """Likelihood maximisation before the undefended classifier.
+    """Likelihood maximisation before a classifier.
 
     Args:
-        dataset: digits, or with a `denoiser` cifar10 too.
+        dataset: digits, or cifar10 where its weights are packaged or with a `denoiser`.
         denoiser: see `assay.defenses.denoiser_sources`; empty for the packaged one.
+        classifier: see `assay.defenses.behind`; empty for the undefended one.
         steps: gradient steps.
         step_size: the root mean square of a step, in pixel units.
         radius: η, in pixel units.
         lowest, highest: the range of noise levels, in [−1, 1] units.
 
     Raises:
-        InputError: for a denoiser that can't be used, or a number outside its range.
+        InputError: for a denoiser or classifier that can't be used, or a number outside its range.
     """
     network = unet_or_taken(denoiser, dataset, DENOISER)
     purifier = LikelihoodMaximiser(network, steps, step_size, radius, (lowest, highest))
     process = purifier.chain()  # refuses what can't run, before anything does
     card = CARD
-    if denoiser or (steps, step_size, radius, lowest, highest) != (STEPS, STEP_SIZE, RADIUS, *SIGMAS):
+    if (
+        dataset != "digits"
+        or denoiser
+        or classifier
+        or (steps, step_size, radius, lowest, highest) != (STEPS, STEP_SIZE, RADIUS, *SIGMAS)
+    ):
         taken = counted(steps, "gradient step")
         card = with_files(
             with_purifier(CARD, process),
-            weight_files(dataset, denoiser=denoiser),
+            weight_files(dataset, denoiser=denoiser, classifier=classifier),
             summary=f"Takes {taken} down the diffusion loss, at most {radius:g} (linf) away, then classifies.",
             choices=(
                 CARD.choices[0],
@@ -172,7 +179,7 @@ def load(
                 *CARD.choices[2:],
             ),
         )
-    return DiffPure(purifier, load_network(dataset), describe(dataset).n_classes, card)
+    return DiffPure(purifier, take_classifier(classifier, dataset), describe(dataset).n_classes, card)
 
 
-SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",))
+SPEC = OpenSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",), code=("denoiser", "classifier"))

@@ -12,7 +12,8 @@ image. Sift-and-refine, where it is on, prunes classes inside each draw and neve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
@@ -117,7 +118,7 @@ def noised_grid(sigma: float, levels: int, highest: float, spacing: Spacing) -> 
     return Grid(2 * sigma, highest, levels, spacing)
 
 
-def described_noised(defense: NoisedDiffusionClassifier, card: Card, votes: int, source: str = "") -> Card:
+def described_noised(defense: NoisedDiffusionClassifier, card: Card, votes: int, files: Mapping[str, Path]) -> Card:
     """The card of a noised diffusion classifier with other options; see `described`.
 
     Args:
@@ -131,4 +132,4 @@ def described_noised(defense: NoisedDiffusionClassifier, card: Card, votes: int,
     if sigma != SIGMA:
         changes["title"] = card.title.partition(" (")[0]
     changed = with_votes(card.model_copy(update=changes), votes)
-    return described(defense, changed, source, (f"{counted(votes, 'vote')} for a prediction",))
+    return described(defense, changed, files, (f"{counted(votes, 'vote')} for a prediction",))

@@ -58,6 +58,11 @@ def digits_score() -> ScoreDenoiser:
     return ScoreDenoiser(ScoreNet(), SCORE_RANGE)
 
 
+def cifar10_score() -> ScoreDenoiser:
+    """The score network of CIFAR-10, untrained."""
+    return ScoreDenoiser(ScoreNet(3, 128), SCORE_RANGE)
+
+
 def digits_energy() -> EnergyDenoiser:
     """The energy model of the digits boards."""
     return EnergyDenoiser(EnergyNet(width=16), SCORE_RANGE)

@@ -22,7 +22,7 @@ from assay.defenses.denoiser import Denoiser, ScoreDenoiser, decode, encode
 from assay.defenses.denoiser_sources import check_denoiser, psnr, smoke_sigmas
 from assay.defenses.networks import ScoreNet
 from assay.defenses.networks_cifar10 import NarrowResNet18, SelectedNet, labelled_unet
-from assay.defenses.recipes import SCORE_RANGE
+from assay.defenses.recipes import SCORE_RANGE, cifar10_score
 from assay.defenses.schedule import column
 from assay.defenses.training import Loss, Plan
 from assay.errors import InputError
@@ -226,7 +226,7 @@ CIFAR10: dict[str, Recipe] = {
         size={"width": 48},
     ),
     "score": Recipe(
-        build=lambda: ScoreDenoiser(ScoreNet(3, 128), SCORE_RANGE),
+        build=cifar10_score,
         toy=lambda: ScoreDenoiser(ScoreNet(3, 8), SCORE_RANGE),
         loss=losses.score,
         augment=flip,

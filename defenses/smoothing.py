@@ -16,13 +16,15 @@ from assay.card import Card, Traits, Votes
 from assay.certificate import Smoothed
 from assay.data import describe
 from assay.defense import Defense, DefenseSpec
-from assay.defenses.checkpoints import WEIGHTS, load_packaged, packaged
+from assay.defenses.checkpoints import WEIGHTS, data_sets, load_packaged, packaged, trained
 from assay.defenses.networks import DigitsCNN
+from assay.defenses.networks_cifar10 import NarrowResNet18
 from assay.defenses.variants import answers_from, with_traits, with_votes
 from assay.errors import InputError
 from assay.noise import Noise
 
 DIGITS = "digits/smoothing.safetensors"
+CIFAR10 = "cifar10/noise_classifier.safetensors"
 SIGMA = 0.25
 """The noise's standard deviation in pixel units, in training (see `train`) and in every answer."""
 
@@ -36,8 +38,8 @@ CARD = Card(
     handles=("components", "votes", "certified"),
     certificate="smoothing",
     votes=Votes(draws=64, how="majority"),
-    datasets=("digits",),
-    weights=packaged(DIGITS),
+    datasets=data_sets(DIGITS, CIFAR10),
+    weights=packaged(*trained(DIGITS, CIFAR10)),
     network_calls=1,
     gradient_calls=1,
 )
@@ -84,7 +86,8 @@ class Smoothing(Defense):
 
 def weight_files(dataset: str) -> dict[str, Path]:
     """The weight file that `load(dataset)` reads."""
-    return {DIGITS: WEIGHTS / DIGITS}
+    name = CIFAR10 if dataset == "cifar10" else DIGITS
+    return {name: WEIGHTS / name}
 
 
 def load(
@@ -93,7 +96,7 @@ def load(
     """The smoothed classifier, under the noise that it was trained with.
 
     Args:
-        dataset: digits.
+        dataset: digits, or cifar10 where its weights are packaged.
         votes: draws of an answer.
         sigma: the noise's standard deviation in pixel units; the network was trained under .25.
         soft: average the draws' probabilities in place of their votes (Salman et al. 2019), and certify that mean.
@@ -105,8 +108,8 @@ def load(
     """
     if temperature != 1 and not soft:
         raise InputError(f"temperature = {temperature:g} changes probabilities, not votes; it needs soft=true.")
-    network = DigitsCNN()
-    load_packaged(network, DIGITS)
+    network = NarrowResNet18() if dataset == "cifar10" else DigitsCNN()
+    load_packaged(network, *weight_files(dataset))
     card = CARD
     if (votes, sigma, soft) != (CARD.votes.draws, SIGMA, False):
         how = f"averages the probabilities of {votes} such draws" if soft else answers_from(votes)

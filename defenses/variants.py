@@ -8,11 +8,15 @@ from typing import Any
 
 from assay.card import Card, Votes
 from assay.chain import Chain
-from assay.defenses.checkpoints import load_packaged
+from assay.defenses.checkpoints import WEIGHTS, load_packaged
+from assay.defenses.conditional import cifar10_denoiser, cifar10_files
 from assay.defenses.denoiser import Denoiser, UNetDenoiser, small_unet
-from assay.defenses.denoiser_sources import take_denoiser
+from assay.defenses.denoiser_sources import denoiser_files, take_denoiser
 from assay.digest import sha256_of_file
 from assay.errors import InputError
+
+ON_UNET = ("digits", "cifar10") if cifar10_files() else ("digits",)
+"""Data sets with a packaged diffusion model."""
 
 
 def with_files(card: Card, files: Mapping[str, Path], **changes: Any) -> Card:
@@ -74,14 +78,23 @@ def check_scale(name: str, value: float) -> None:
         raise InputError(f"{name} must be at least 0 (0 leaves the guidance out), got {value:g}.")
 
 
+def unet_files(source: str, dataset: str, packaged: str) -> dict[str, Path]:
+    """The weight files that `unet_or_taken` reads, by name."""
+    if source:
+        return denoiser_files(source)
+    return cifar10_files() if dataset == "cifar10" else {packaged: WEIGHTS / packaged}
+
+
 def unet_or_taken(source: str, dataset: str, packaged: str) -> Denoiser:
-    """The denoiser that a user brings; for an empty source the packaged U-Net of the digits boards.
+    """The denoiser that a user brings; for an empty source the packaged one: a U-Net of digits, or cifar10's, if any.
 
     Raises:
         InputError: for a source that can't be used, see `take_denoiser`.
     """
     if source:
         return take_denoiser(source, dataset)
+    if dataset == "cifar10":
+        return cifar10_denoiser()
     denoiser = UNetDenoiser(small_unet())
     load_packaged(denoiser, packaged)
     return denoiser

@@ -22,16 +22,24 @@ from torch import Tensor, nn
 from assay.card import Card, Traits
 from assay.chain import Chain, inner_gradient
 from assay.data import describe
-from assay.defense import DefenseSpec
+from assay.defenses.behind import take_classifier
 from assay.defenses.checkpoints import packaged
 from assay.defenses.denoiser import decode
 from assay.defenses.diffpure import DENOISER, DiffPure, weight_files
 from assay.defenses.guidance import TEMPERATURE, GuidedPurifier, gradient_through, label_log_probability, label_weights
 from assay.defenses.purifier import posterior
 from assay.defenses.undefended import DIGITS as CLASSIFIER
-from assay.defenses.undefended import load_network
-from assay.defenses.variants import check_scale, counted, unet_or_taken, with_files, with_purifier, without_handle
+from assay.defenses.variants import (
+    ON_UNET,
+    check_scale,
+    counted,
+    unet_or_taken,
+    with_files,
+    with_purifier,
+    without_handle,
+)
 from assay.errors import InputError
+from assay.foreign import OpenSpec
 from assay.noise import Noise
 
 LabelOf = Literal["hard", "soft", "x0"]
@@ -137,7 +145,7 @@ CARD = Card(
     ),
     traits=Traits(stochastic=True, purifies=True, iterative=True, inner_gradient=True),
     handles=("stages", "chain", "surrogate", "relaxed", "components"),
-    datasets=("digits",),
+    datasets=ON_UNET,
     weights=packaged(DENOISER, CLASSIFIER),
     # The denoiser and the victim in each step, and the victim at the end.
     network_calls=2 * STEPS + 1,
@@ -159,6 +167,7 @@ def load(
     dataset: str,
     *,
     denoiser: str = "",
+    classifier: str = "",
     level: int = LEVEL,
     steps: int = STEPS,
     rounds: int = 1,
@@ -166,25 +175,28 @@ def load(
     target: LabelOf = TARGET,
     at: Where = AT,
 ) -> VictimGuided:
-    """Victim guidance before, and by, the undefended classifier.
+    """Victim guidance before, and by, a classifier.
 
     Args:
-        dataset: digits, or with a `denoiser` cifar10 too.
+        dataset: digits, or cifar10 where its weights are packaged or with a `denoiser`.
         denoiser: see `assay.defenses.denoiser_sources`; empty for the packaged one.
+        classifier: the victim, see `assay.defenses.behind`; empty for the undefended one.
         level: t*, in levels of the denoiser's schedule.
         steps: reverse steps of a round.
         rounds: times that the image is diffused and denoised.
         scale, target, at: see `TowardsLabel`.
 
     Raises:
-        InputError: for a denoiser that can't be used, or a number or a name outside its range.
+        InputError: for a denoiser or classifier that can't be used, or a number or a name outside its range.
     """
-    network, victim = unet_or_taken(denoiser, dataset, DENOISER), load_network(dataset)
+    network, victim = unet_or_taken(denoiser, dataset, DENOISER), take_classifier(classifier, dataset)
     purifier = TowardsLabel(network, level, steps, rounds, victim=victim, scale=scale, target=target, at=at)
     purifier.chain()  # refuses what can't run, before anything does
     card = CARD
-    if denoiser or (level, steps, rounds, scale, target, at) != (LEVEL, STEPS, 1, SCALE, TARGET, AT):
-        card = with_files(_described(purifier), weight_files(dataset, denoiser=denoiser))
+    options = (level, steps, rounds, scale, target, at)
+    if dataset != "digits" or denoiser or classifier or options != (LEVEL, STEPS, 1, SCALE, TARGET, AT):
+        files = weight_files(dataset, denoiser=denoiser, classifier=classifier)
+        card = with_files(_described(purifier), files)
     return VictimGuided(purifier, victim, describe(dataset).n_classes, card)
 
 
@@ -214,4 +226,4 @@ def _described(purifier: TowardsLabel) -> Card:
     return card if relaxed else without_handle(card, "relaxed")
 
 
-SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",))
+SPEC = OpenSpec(CARD, load, Path(__file__), weight_files, needs=("denoiser",), code=("denoiser", "classifier"))

@@ -122,9 +122,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pytest_plugin": (*PLAIN, *MACHINERY, "regress", "rerun"),
     # the houses that hold attacks and defenses; the registry finds them by name
     "attacks": GROUND,
-    "defenses": (*PLAIN, "noise", "chain", "defense", "certificate", "certificates", "data"),
+    "defenses": (*PLAIN, "foreign", "noise", "chain", "defense", "certificate", "certificates", "data"),
     "defenses.classifier_sources": (*PLAIN, "statistics", "noise", "chain", "defense", "data"),
-    "defenses.classifier": (*PLAIN, "foreign", "noise", "chain", "defense", "data"),
     "defenses.fitting": (*PLAIN, "noise", "norms", "chain", "defense", "certificate", "certificates", "data"),
 }  # fmt: skip
 
