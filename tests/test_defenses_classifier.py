@@ -407,79 +407,7 @@ def test_weight_files_that_are_missing_are_named(code: Path) -> None:
 # Real files: architectures as a user would write them, beside weights that were published without any code of ours
 
 
-ARCHITECTURES = '''
-"""CIFAR-10 networks whose weights are published."""
-import torch
-from torch import nn
-from torch.nn import functional as F
-
-
-def cnn():
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 4, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(2048, 100), nn.ReLU(), nn.Linear(100, 10),
-    )
-
-
-class Plain(nn.Module):
-    """A basic block without batch norm."""
-
-    def __init__(self, before, after, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(before, after, 3, stride=stride, padding=1)
-        self.conv2 = nn.Conv2d(after, after, 3, padding=1)
-        change = before != after or stride != 1
-        self.shortcut = nn.Sequential(*([nn.Conv2d(before, after, 1, stride=stride)] if change else []))
-
-    def forward(self, x):
-        return F.relu(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
-
-
-class ResNet4b(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1)
-        self.layer1 = nn.Sequential(Plain(16, 32, 2), Plain(32, 32, 1))
-        self.layer2 = nn.Sequential(Plain(32, 32, 2), Plain(32, 32, 1))
-        self.linear1, self.linear2 = nn.Linear(512, 100), nn.Linear(100, 10)
-
-    def forward(self, x):
-        x = self.layer2(self.layer1(F.relu(self.conv1(x))))
-        return self.linear2(F.relu(self.linear1(x.flatten(1))))
-
-
-class Basic(nn.Module):
-    """A basic block whose shortcut has no parameters: every second pixel, zeros for the new channels."""
-
-    def __init__(self, before, after, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(after)
-        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(after)
-        self.stride, self.extra = stride, (after - before) // 2
-
-    def forward(self, x):
-        kept = F.pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, self.extra, self.extra))
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + kept)
-
-
-class ResNet20(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        widths = (16, 16, 32, 64)
-        for i in (1, 2, 3):
-            first = Basic(widths[i - 1], widths[i], 1 if i == 1 else 2)
-            blocks = nn.Sequential(first, Basic(widths[i], widths[i], 1), Basic(widths[i], widths[i], 1))
-            setattr(self, f"layer{i}", blocks)
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x):
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        return self.linear(x.mean((2, 3)))
-'''
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples" / "small_cifar10.py"
 IMAGENET = {"mean": "imagenet"}
 NEAR_IMAGENET = {"mean": ".485,.456,.406", "std": ".225"}
 PUBLISHED = {
@@ -492,22 +420,20 @@ PUBLISHED = {
 """File -> architecture, options, and clean accuracy on all 10,000 test images."""
 
 
-def published(name: str, folder: Path) -> tuple[DefenseSpec, dict[str, str]]:
+def published(name: str) -> tuple[DefenseSpec, dict[str, str]]:
     """The defense and its options, as a user would give them; skips where the file is absent."""
     path = Path(__file__).parents[2] / "shared" / "data" / "classifiers" / name
     if not path.is_file():
         pytest.skip(f"no {path.name} in the shared data")
-    code = folder / "architectures.py"
-    code.write_text(ARCHITECTURES)
     architecture, options, _ = PUBLISHED[name]
-    given = {"architecture": f"{code}:{architecture}", "weights": str(path), **options}
+    given = {"architecture": f"{EXAMPLES}:{architecture}", "weights": str(path), **options}
     return resolve_defense("classifier", trust=True), given
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_classifiers_have_their_published_accuracy(name: str, tmp_path: Path) -> None:
-    spec, options = published(name, tmp_path)
+def test_published_classifiers_have_their_published_accuracy(name: str) -> None:
+    spec, options = published(name)
     defense = spec.build("cifar10", options=options)
     x, y = data.load("cifar10", range(1000))
     with torch.no_grad():
@@ -521,7 +447,7 @@ def test_published_classifiers_have_their_published_accuracy(name: str, tmp_path
 
 
 @pytest.mark.slow
-def test_a_published_classifier_without_its_normalisation_is_noticed(tmp_path: Path) -> None:
-    spec, options = published("abcrown_cifar_cnn_a_adv4.model", tmp_path)
+def test_a_published_classifier_without_its_normalisation_is_noticed() -> None:
+    spec, options = published("abcrown_cifar_cnn_a_adv4.model")
     with pytest.raises(InputError, match="mean and std"):
         spec.build("cifar10", options={name: options[name] for name in ("architecture", "weights")})
