@@ -130,3 +130,27 @@ def test_robustbench_models_name_their_threat_model(monkeypatch: pytest.MonkeyPa
     # Only RobustBench's names end in a threat model; what timm takes an @ for is timm's.
     robust = ("robustbench:Wang2023Better_WRN-28-10", {"threat": "Linf"})
     assert asked == [robust, robust, ("timm:hf_hub:someone/net@v1", {}), ("timm:hf_hub:someone/net@v1", {})]
+
+
+def test_the_example_of_a_denoiser_runs_on_published_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[1]
+    weights = root.parent / "shared" / "data" / "diffusion" / "fahad00888_ddpm_animals32_rgb.pth"
+    if not weights.is_file():
+        pytest.skip(f"no {weights.name} in the shared data")
+    monkeypatch.setenv("SMALL_DDPM", str(weights))
+    source = f"{root / 'docs' / 'examples' / 'small_ddpm.py'}:make"
+    defense: Any = resolve_defense("diffpure", trust=True).build(
+        "cifar10", options={"denoiser": source, "level": "60", "steps": "2"}
+    )
+    x, _ = data.load("cifar10", range(0, 10_000, 160))
+    clean = 2 * x - 1
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(clean.shape, generator=generator)
+    # Errors of ε that a network fed with other times, pixels or frequencies doesn't reach.
+    for level, most in ((51, 0.18), (101, 0.106), (201, 0.0525), (401, 0.0172)):
+        alpha_bar = defense.denoiser.alpha_bar(level).float()
+        noised = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
+        with torch.no_grad():
+            assert float((defense.denoiser.eps(noised, level) - noise).square().mean()) < most
+    with torch.no_grad():
+        assert defense(x[:8], Noise.from_seed(0, 8)).shape == (8, 10)
