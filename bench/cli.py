@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from assay import __version__, cli_examine
+from assay import __version__, cli_examine, cli_verify
 from assay.cli_options import (
     EXIT,
     AttackOption,
@@ -206,7 +206,7 @@ def tables(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail where a table is out of date.")] = False,
     leaderboards: FolderOption = None,
 ) -> None:
-    """Renders every board's table from its committed records, as Markdown and HTML."""
+    """Renders every board's tables from its committed records and claims, as Markdown, CSV and LaTeX."""
     from assay.leaderboards.render import check_tables, write_tables
 
     folder = leaderboards or Path("leaderboards")
@@ -233,6 +233,7 @@ def _has_weights(name: str, board: str) -> bool:
 
 
 cli_examine.add_to(app)
+cli_verify.add_to(app)
 
 
 def main(arguments: list[str] | None = None) -> Any:

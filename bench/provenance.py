@@ -16,7 +16,7 @@ from assay.digest import sha256_of_bytes, sha256_of_file, sha256_of_json
 PACKAGES = ("torch", "numpy", "scipy", "diffusers", "datasets", "scikit-learn", "pyautoattack", "safetensors",
             "pillow", "robustbench", "timm", "torchvision")  # fmt: skip
 
-_UNRELATED = (":(top,exclude)leaderboards/records", ":(top,exclude)leaderboards/tables")
+_UNRELATED = tuple(f":(top,exclude)leaderboards/{name}" for name in ("records", "tables", "audits", "claims"))
 """What a run may write into its own checkout, and no measurement reads."""
 
 

@@ -1,49 +1,43 @@
-"""Tables from records: HTML, Markdown and CSV, byte for byte the same from the same files.
+"""Tables from records: Markdown, CSV and LaTeX, byte for byte the same from the same files.
 
-Cards, findings and names are other people's text. HTML is escaped by jinja2's autoescape,
-Markdown by `markdown`, which every expression of those templates passes through; CSV cells can't
-start a formula.
+Cards, findings, claims and names are other people's text. Markdown is escaped by `markdown`, which every expression of
+those templates passes through; CSV cells can't start a formula; LaTeX is escaped sign by sign.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from assay.boards import board_names, load_board
 from assay.errors import InputError
-from assay.leaderboards import curves
+from assay.leaderboards.claims import NORM_SIGN, Claim, Number, claimed_text, load_claims
+from assay.leaderboards.latex import board_latex, certified_latex
 from assay.leaderboards.rows import LEVEL, Page, Row, collect, refuse_strays
 from assay.leaderboards.spreadsheet import board_csv
 from assay.leaderboards.text import (
-    BAR,
     Plain,
-    breakable,
     compact,
     flags,
     markdown,
+    markdown_link,
     markdown_title,
     minutes,
-    one_line,
     percent,
-    pixels,
     refuted,
     thousands,
-    web_address,
 )
 from assay.protocol import Family, Verdict
 from assay.record import Record, write_atomically
 from assay.results import knobs_text
-from assay.threat import Norm
 
 TABLES = "tables"
-SUFFIXES = (".csv", ".html", ".md")
+SUFFIXES = (".csv", ".html", ".md", ".tex")
+"""Files in that folder that are tables: those that aren't rendered any more are removed."""
 
 FAMILY_MEANING: dict[Family, str] = {
     "noise": "uniformly random points of the ball: what any attack must beat",
@@ -65,7 +59,6 @@ VERDICT_MEANING: dict[Verdict, str] = {
     "incomplete": "a mandatory part is missing; not ranked",
 }
 MARK: dict[Verdict, str] = {"verified": "✓", "flagged": "⚑", "failed": "✕", "incomplete": "…"}
-NORM_SIGN: dict[Norm, str] = {"linf": "ℓ∞", "l2": "ℓ2"}
 MISSING = "–"
 
 
@@ -103,21 +96,26 @@ def check_tables(folder: Path) -> list[Path]:
 
 
 def render(folder: Path) -> dict[Path, bytes]:
-    """Path -> content of every table: a pure function of the boards and records in `folder`."""
+    """Path -> content of every table: a pure function of the boards, records, audits and claims in `folder`."""
     names = board_names(folder)
-    if "index" in names:
-        raise InputError("a board can't be called 'index': its tables would take the index's file names.")
     refuse_strays(folder)
-    pages = [collect(folder, load_board(name, folder)) for name in names]
-    html, markdown_ = _html_environment(), _markdown_environment()
-    texts: dict[str, str] = {}
+    claims = load_claims(folder)
+    pages = [collect(folder, load_board(name, folder), claims) for name in names]
+    environment = _environment()
+    texts = {"index.md": environment.get_template("index.md.j2").render(pages=pages, strays=_strays(pages, claims))}
+    board = environment.get_template("board.md.j2")
     for page in pages:
-        context = {"page": page, "board": page.board, "m": page.board.draws}
-        texts[f"{page.board.name}.html"] = html.get_template("board.html.j2").render(context)
-        texts[f"{page.board.name}.md"] = markdown_.get_template("board.md.j2").render(context)
-        texts[f"{page.board.name}.csv"] = board_csv(page)
-    texts["index.html"] = html.get_template("index.html.j2").render(pages=pages)
-    texts["index.md"] = markdown_.get_template("index.md.j2").render(pages=pages)
+        name = page.board.name
+        rendered = {
+            f"{name}.md": board.render(page=page, board=page.board, m=page.board.draws),
+            f"{name}.csv": board_csv(page),
+            f"{name}.tex": board_latex(page),
+        }
+        if page.board.radii:
+            rendered[f"{name}-certified.tex"] = certified_latex(page)
+        if taken := sorted(set(rendered) & set(texts)):
+            raise InputError(f"a board can't be called {name!r}: {TABLES}/{taken[0]} is another table. Rename it.")
+        texts |= rendered
     return {folder / TABLES / name: texts[name].encode() for name in sorted(texts)}
 
 
@@ -126,44 +124,24 @@ def _superfluous(folder: Path, rendered: dict[Path, bytes]) -> list[Path]:
     return sorted(path for path in found if path.suffix in SUFFIXES and path not in rendered)
 
 
-def _environment(**options: Any) -> Environment:
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, **options,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False, finalize=markdown,
     )  # fmt: skip
     environment.filters |= {
         "percent": percent, "compact": compact, "minutes": minutes, "flags": flags, "figure": "{:.4g}".format,
-        "web_address": web_address, "relative": _relative, "short": lambda digest: digest[:12],
-        "sentence": lambda text: text[:1].upper() + text[1:], "knobs": knobs_text, "thousands": thousands,
-        "refuted": refuted,
+        "relative": _relative, "short": lambda digest: digest[:12], "knobs": knobs_text, "thousands": thousands,
+        "sentence": lambda text: text[:1].upper() + text[1:], "refuted": refuted, "title": markdown_title,
+        "link": markdown_link, "plain": Plain, "numbers": _numbers,
     }  # fmt: skip
     environment.globals |= {
         "FAMILY_MEANING": FAMILY_MEANING, "VERDICT_MEANING": VERDICT_MEANING, "MARK": MARK, "MISSING": MISSING,
-        "NORM_SIGN": NORM_SIGN, "BAR": BAR, "level": f"{100 * LEVEL:.0f} %", "stochastic": _stochastic,
-        "findings": _findings, "ranked": _standard, "curves": curves,
+        "NORM_SIGN": NORM_SIGN, "level": f"{100 * LEVEL:.0f} %", "stochastic": _stochastic,
+        "findings": _findings, "ranked": _standard, "claimed": claimed_text, "audited": _audited,
+        "measured": _measured, "readings": _readings,
     }  # fmt: skip
     return environment
-
-
-def _html_environment() -> Environment:
-    environment = _environment(autoescape=True, finalize=_shown_text)
-    style = environment.get_template("style.css.j2").render()
-    # The page's policy allows this one style sheet and nothing else.
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    environment.globals |= {"style": Markup(style), "style_digest": digest}
-    environment.filters |= {"pixels": pixels, "breakable": breakable}
-    return environment
-
-
-def _markdown_environment() -> Environment:
-    environment = _environment(autoescape=False, finalize=markdown)
-    environment.filters |= {"title": markdown_title, "plain": Plain}
-    return environment
-
-
-def _shown_text(value: Any) -> Any:
-    """Other people's text on one line; markup, and what isn't text, as it is."""
-    return one_line(value) if type(value) is str else value
 
 
 def _relative(path: str) -> Plain:
@@ -184,3 +162,44 @@ def _findings(page: Page) -> list[tuple[Row, list[Any]]]:
 def _standard(page: Page) -> list[Row]:
     """The ranked rows of the main table, best first."""
     return [row for table in page.tables if table.profile == "standard" for row in table.group("ranked")]
+
+
+def _audited(page: Page) -> list[Row]:
+    """The rows that somebody audited."""
+    return [row for table in page.tables for row in table.rows if row.audits]
+
+
+def _strays(pages: Sequence[Page], claims: Sequence[Claim]) -> list[Claim]:
+    """Claims in a setting that no board has."""
+    return [claim for claim in claims if not any(claim.belongs_to(page.board) for page in pages)]
+
+
+def _numbers(numbers: Sequence[Number]) -> Plain:
+    """Reported numbers in a Markdown cell, each with how it was found and by whom."""
+    told = [
+        f"{markdown(number.percent)}{f' ({markdown(number.how)})' if number.how else ''}, "
+        f"{markdown_link(number.source.title, number.source.url)}"
+        for number in numbers
+    ]
+    return Plain("; ".join(told) or MISSING)
+
+
+def _measured(row: Row, claim: Claim) -> str:
+    """What a row says of what was claimed, in percent."""
+    record = row.record
+    if claim.what == "certified":
+        share = record.certification.radii.get(claim.eps) if record.certification is not None else None
+        return MISSING if share is None else percent(share.value)
+    if record.results is None or row.known is None:
+        return MISSING
+    return percent(row.known if claim.what == "robust" else record.results.clean.value)
+
+
+def _readings(page: Page) -> dict[str, list[str]]:
+    """How later numbers were read, and which, with what must be known of them."""
+    found: dict[str, list[str]] = {}
+    for claim, _ in page.falls:
+        for number in claim.fell_to:
+            note = f" [{number.note}]" if number.note else ""
+            found.setdefault(number.read, []).append(f"{claim.title} {number.percent}{note}")
+    return found

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
+
+from assay.audits import Audit, read_audits
 from assay.boards import Board, board_names
 from assay.digest import ids_digest
 from assay.errors import InputError
-from assay.leaderboards.samples import Scores, check_certification, ranked_scores
+from assay.leaderboards.claims import Claim, load_claims, of_board
+from assay.leaderboards.comparable import differences, why_unranked
+from assay.leaderboards.ranking import LEVEL, ranks
+from assay.leaderboards.samples import Scores, check_certification, final_scores, known_scores
 from assay.protocol import FAMILIES, Family, ProfileName, load_protocol
 from assay.record import RECORD, Record, read_record
-from assay.statistics import mcnemar, paired_permutation
+
+__all__ = [
+    "GROUPS", "LEVEL", "Group", "Incomparable", "Left", "Page", "Row", "Table", "collect", "refuse_strays",
+]  # fmt: skip
 
 Group = Literal["ranked", "known broken", "not ranked"]
 
 GROUPS: tuple[Group, ...] = get_args(Group)
-LEVEL = 0.05
-"""Two rows get different ranks where a paired test's p-value lies below this; no correction for many rows."""
 # The order of a page: the main table first, what is never ranked last.
 _PROFILES: tuple[ProfileName, ...] = ("standard", "thorough", "quick")
 
@@ -52,6 +61,10 @@ class Row:
         path: of the record, relative to the leaderboards folder, with `/`.
         why: why the row isn't ranked; empty for ranked rows.
         left: for each attack family that ran.
+        known: the best known robust accuracy: the mean over samples of the least of the record's score and those of
+            its audits. The record's own where there is no audit, None where nothing was measured.
+        audits: the oldest first.
+        claims: numbers reported of its defense, in whatever setting; none of them takes part in ranking.
         rank: 1 + the number of ranked rows that are significantly better; None outside that group.
         tied: another row has the same rank.
     """
@@ -61,6 +74,9 @@ class Row:
     group: Group
     why: tuple[str, ...]
     left: Mapping[Family, Left]
+    known: float | None = None
+    audits: tuple[Audit, ...] = ()
+    claims: tuple[Claim, ...] = ()
     rank: int | None = None
     tied: bool = False
 
@@ -112,108 +128,101 @@ class Incomparable:
 
 @dataclass(frozen=True)
 class Page:
-    """All that is known of one board. `digest` is that of the ranked `standard` profile."""
+    """All that is known of one board.
+
+    Attributes:
+        digest: that of the ranked `standard` profile.
+        claims: all numbers reported elsewhere in the board's own setting, those without a row too.
+    """
 
     board: Board
     digest: str
     tables: tuple[Table, ...]
     incomparable: tuple[Incomparable, ...]
+    claims: tuple[Claim, ...] = ()
+
+    @property
+    def falls(self) -> tuple[tuple[Claim, tuple[Row, ...]], ...]:
+        """How claims fell: each claim of the board that others tested or that a ranked row tests, with these rows."""
+        ranked = [row for table in self.tables if table.profile == "standard" for row in table.group("ranked")]
+        found = []
+        for claim in self.claims:
+            here = tuple(row for row in ranked if claim.defense and row.record.defense.card.name == claim.defense)
+            if claim.fell_to or here:
+                found.append((claim, here))
+        return tuple(found)
 
 
-def collect(folder: Path, board: Board) -> Page:
-    """A board's tables, from `records/BOARD/**/record.json` in a leaderboards folder.
+def collect(folder: Path, board: Board, claims: Sequence[Claim] | None = None) -> Page:
+    """A board's tables, from `records/BOARD/**/record.json` and `audits/` in a leaderboards folder.
+
+    Args:
+        claims: by default those of `claims/`.
 
     Raises:
-        InputError: for a file that is not a record.
-        IntegrityError: for a record that was changed after it was written, or that contradicts itself or
+        InputError: for a file that is not a record, or not a list of claims.
+        IntegrityError: for a record or an audit that was changed after it was written, or that contradicts itself or
             its own sample table.
     """
+    claims = load_claims(folder) if claims is None else claims
     protocol = load_protocol(board.protocol)
+    digests = {profile: protocol.digest(profile) for profile in _PROFILES}
+    prefixes = {len(board.ids): ids_digest(board.ids)}
     rows: dict[ProfileName, list[tuple[Row, Scores | None]]] = {profile: [] for profile in _PROFILES}
     incomparable = []
-    for file in sorted((folder / "records" / board.name).rglob(RECORD)):
+    audited = (folder / "audits" / board.name).is_dir()
+    of_defense = {name: tuple(claim for claim in claims if claim.defense == name) for name in _named(claims)}
+    for file in _records(folder / "records" / board.name):
         record = read_record(file, files=True)
         check_certification(file, record)
         path = file.relative_to(folder).as_posix()
-        if reasons := _differences(record, board, protocol.digest(record.protocol.profile)):
+        if (n := record.board.n) not in prefixes:
+            prefixes[n] = ids_digest(board.ids[:n])
+        if reasons := differences(record, board, digests[record.protocol.profile], prefixes[n]):
             incomparable.append(Incomparable(record, path, reasons))
             continue
-        row = _row(record, path, board)
-        scores = ranked_scores(file, record, board) if row.group == "ranked" else None
+        row = _row(record, path, board, of_defense.get(record.defense.card.name, ()))
+        row = replace(row, audits=read_audits(folder, record)) if audited else row
+        scores = None
+        if row.group == "ranked" or row.audits:
+            scores = known_scores(file, final_scores(file, record, board), row.audits, record, board)
+        if row.audits and scores is not None:
+            row = replace(row, known=float(scores.mean()))
         rows[record.protocol.profile].append((row, scores))
     tables = []
     for profile, found in rows.items():
         if found:
             families = tuple(family for family in FAMILIES if any(family in row.left for row, _ in found))
             radii = board.radii if any(row.record.certification is not None for row, _ in found) else ()
-            tables.append(Table(profile, protocol.digest(profile), families, radii, _ranked(found)))
-    return Page(board, protocol.digest("standard"), tuple(tables), tuple(incomparable))
+            tables.append(Table(profile, digests[profile], families, radii, _ranked(found)))
+    return Page(board, digests["standard"], tuple(tables), tuple(incomparable), of_board(claims, board))
 
 
 def refuse_strays(folder: Path) -> None:
     """Raises InputError for records that belong to no board: no table would show them."""
-    known = set(board_names(folder))
-    for file in sorted((folder / "records").rglob(RECORD)):
-        name = file.relative_to(folder / "records").parts[0]
-        if name not in known:
+    known, records = set(board_names(folder)), folder / "records"
+    for entry in sorted(records.iterdir()) if records.is_dir() else ():
+        for file in _records(entry) if entry.name not in known else ():
             raise InputError(
-                f"{file} belongs to no board: boards/{name}.toml doesn't exist. Add it, or move the record."
+                f"{file} belongs to no board: boards/{entry.name}.toml doesn't exist. Add it, or move the record."
             )
 
 
-def _differences(record: Record, board: Board, digest: str) -> tuple[str, ...]:
-    """Why a record can't be compared with this board's rows; empty where it can."""
-    ran, protocol = record.board, record.protocol
-    reasons = []
-    if (protocol.id, protocol.digest) != (board.protocol, digest):
-        reasons.append(
-            f"protocol {protocol.id} {protocol.profile} ({protocol.digest[:12]}), here {board.protocol} ({digest[:12]})"
-        )
-    if ran.name != board.name:
-        reasons.append(f"run on board {ran.name}")
-    if (ran.dataset, ran.revision) != (board.dataset, board.revision):
-        reasons.append(f"data {ran.dataset} {ran.revision}, here {board.dataset} {board.revision}")
-    if (ran.threat.norm, ran.threat.eps) != (board.norm, board.eps):
-        reasons.append(f"threat {ran.threat.norm} {ran.threat.eps}, here {board.threat}")
-    if ran.draws != board.draws:
-        reasons.append(f"{ran.draws} draws a candidate, here {board.draws}")
-    if ran.size != len(board.ids) or ran.ids_sha256 != ids_digest(board.ids[: ran.n]):
-        reasons.append(f"other samples ({ran.n} of {ran.size}, ids {ran.ids_sha256[:12]})")
-    if record.certification is not None and set(record.certification.radii) != set(board.radii):
-        radii, here = (", ".join(found) or "none" for found in (record.certification.radii, board.radii))
-        reasons.append(f"certified radii {radii}, here {here}")
-    return tuple(reasons)
+def _records(folder: Path) -> Iterator[Path]:
+    """Every `record.json` below a folder, in the order of their paths' parts."""
+    found = [Path(root, RECORD) for root, _, files in os.walk(folder) if RECORD in files]
+    yield from sorted(found, key=lambda file: file.parts)
 
 
-def _row(record: Record, path: str, board: Board) -> Row:
-    why = _why_unranked(record, board)
+def _named(claims: Sequence[Claim]) -> set[str]:
+    return {claim.defense for claim in claims if claim.defense}
+
+
+def _row(record: Record, path: str, board: Board, claims: tuple[Claim, ...]) -> Row:
+    why = why_unranked(record, board)
     group: Group = "not ranked" if why else "known broken" if record.defense.card.known_broken else "ranked"
-    return Row(record, path, group, why, _families(record))
-
-
-def _why_unranked(record: Record, board: Board) -> tuple[str, ...]:
-    reasons = []
-    if record.protocol.profile == "quick":
-        reasons.append("the quick profile is never ranked")
-    if record.board.n < record.board.size:
-        reasons.append(f"{record.board.n} of the board's {record.board.size} samples")
-    if record.verdict == "failed":
-        checks = ", ".join(finding.check for finding in record.findings if finding.status == "fail")
-        reasons.append(f"failed: {checks}" if checks else "failed")
-    ran = record.results.attacks if record.results else {}
-    absent = {name: "not in the record" for name in record.protocol.mandatory if name not in ran}
-    if board.radii and record.defense.card.traits.certifies and record.certification is None:
-        absent["certify"] = "not in the record"
-    absent |= record.protocol.missing
-    if record.results is None and record.certification is not None:
-        reasons.append("the certified half alone, without any attack")
-    elif record.results is None and record.verdict != "failed":
-        reasons.append("nothing was measured")
-    elif record.results is not None and absent:
-        reasons += [f"missing {name}: {reason}" for name, reason in absent.items()]
-    if not reasons and not record.ranked:
-        reasons.append(record.verdict)
-    return tuple(reasons)
+    known = record.results.robust.value if record.results is not None else None
+    return Row(record, path, group, why, _families(record), known=known, claims=claims)
 
 
 def _families(record: Record) -> dict[Family, Left]:
@@ -248,31 +257,21 @@ def _families(record: Record) -> dict[Family, Left]:
 
 def _ranked(found: Sequence[tuple[Row, Scores | None]]) -> tuple[Row, ...]:
     """The rows in order, best first, the ranked ones with their ranks."""
-    scores = {row.path: score for row, score in found if score is not None}
-    rows = [row for row, _ in found]
-    competing = [row for row in rows if row.group == "ranked"]
-    ranks = {row.path: 1 + sum(_better(other, row, scores) for other in competing) for row in competing}
-    shared = [rank for rank in ranks.values() if list(ranks.values()).count(rank) > 1]
-    placed = [replace(row, rank=ranks.get(row.path), tied=ranks.get(row.path) in shared) for row in rows]
+    competing = [(row, scores) for row, scores in found if row.group == "ranked" and scores is not None]
+    ranked: dict[str, int] = {}
+    if competing:
+        stochastic = np.array([row.record.defense.card.traits.stochastic for row, _ in competing])
+        scores = np.stack([each for _, each in competing])
+        ranked = dict(zip((row.path for row, _ in competing), ranks(scores, stochastic), strict=True))
+    shared = Counter(ranked.values())
+    placed = [
+        replace(row, rank=ranked[row.path], tied=shared[ranked[row.path]] > 1) if row.path in ranked else row
+        for row, _ in found
+    ]
     return tuple(sorted(placed, key=_order))
 
 
 def _order(row: Row) -> tuple[int, bool, bool, float, str, str]:
-    results, card = row.record.results, row.record.defense.card
-    robust = results.robust.value if results else 0.0
+    card = row.record.defense.card
     # Calibrators stand below the defenses that they calibrate, also where nothing is ranked.
-    return GROUPS.index(row.group), results is None, card.known_broken, -robust, card.name, row.path
-
-
-def _better(a: Row, b: Row, scores: Mapping[str, Scores]) -> bool:
-    """Whether row `a` is significantly more robust than row `b` on the same samples.
-
-    Deterministic rows are counts and get McNemar's exact test; where one is an expectation over
-    draws, a paired permutation test.
-    """
-    first, second = scores[a.path], scores[b.path]
-    if first.mean() <= second.mean():
-        return False
-    counts = not any(row.record.defense.card.traits.stochastic for row in (a, b))
-    test = mcnemar if counts else paired_permutation
-    return test(first.tolist(), second.tolist()) < LEVEL
+    return GROUPS.index(row.group), row.known is None, card.known_broken, -(row.known or 0.0), card.name, row.path

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from assay.audits import Audit, lowered
 from assay.boards import Board
 from assay.errors import IntegrityError
 from assay.record import SAMPLES, Certification, Estimate, Record
@@ -21,8 +24,8 @@ _FLOORED = 1e-4
 """A curve's radii are floored to four decimals."""
 
 
-def ranked_scores(file: Path, record: Record, board: Board) -> Scores:
-    """A ranked row's score for each of the board's samples `(n,)`, in the board's order.
+def final_scores(file: Path, record: Record, board: Board) -> Scores:
+    """A record's score for each of the samples it ran `(n,)`, a prefix of the board's, in the board's order.
 
     Raises:
         IntegrityError: where the sample table isn't part of the record, or says something else.
@@ -30,17 +33,40 @@ def ranked_scores(file: Path, record: Record, board: Board) -> Scores:
     assert record.results is not None
     if SAMPLES not in record.files:
         raise IntegrityError(f"{file} names no {SAMPLES}; a ranked row needs it.")
-    table = _sample_table(file, ["id", "attack", "expected"])
-    final = table[table["attack"] == _FINAL].set_index("id")["expected"]
-    if final.index.has_duplicates or set(final.index) != set(board.ids):
+    ids, values = _columns(file, ("id", "expected"), stage=_FINAL)
+    expected = np.array(board.ids[: record.board.n])
+    order = np.argsort(ids)
+    if not np.array_equal(ids[order], np.sort(expected)):
         raise IntegrityError(f"{file.parent / SAMPLES} doesn't hold one {_FINAL!r} row for each of the board's ids.")
-    scores: Scores = final.loc[list(board.ids)].to_numpy(dtype=np.float64)
-    if abs(scores.mean() - record.results.robust.value) > _TOLERANCE:
+    scores: Scores = values[order][np.searchsorted(ids[order], expected)]
+    # Written so that NaN doesn't pass.
+    if not ((scores >= 0) & (scores <= 1)).all() or not abs(scores.mean() - record.results.robust.value) <= _TOLERANCE:
         raise IntegrityError(
             f"{file} says robust {record.results.robust.value}, but the scores in its {SAMPLES} "
             f"average {scores.mean()}."
         )
     return scores
+
+
+def known_scores(file: Path, scores: Scores, audits: Sequence[Audit], record: Record, board: Board) -> Scores:
+    """The best known score of each sample `(n,)`: the record's, or what an audit lowered it to.
+
+    Raises:
+        IntegrityError: for an audit that is not of this record's samples, or says that a deterministic defense is
+            right in part.
+    """
+    if not audits:
+        return scores
+    ids = board.ids[: record.board.n]
+    least = lowered(dict(zip(ids, scores.tolist(), strict=True)), audits)
+    known: Scores = np.array([least[i] for i in ids], dtype=np.float64)
+    if not record.defense.card.traits.stochastic and not np.isin(known, (0.0, 1.0)).all():
+        raise IntegrityError(f"{file} is of a deterministic defense, but an audit of it has scores other than 0 and 1.")
+    if abs(known.mean() - audits[-1].value_after) > _TOLERANCE:
+        raise IntegrityError(
+            f"the last audit of {file} says that {audits[-1].value_after} is left, but its scores leave {known.mean()}."
+        )
+    return known
 
 
 def check_certification(file: Path, record: Record) -> None:
@@ -87,9 +113,9 @@ def _check_curve(file: Path, certification: Certification, n: int) -> None:
 
 def _check_radii(file: Path, certification: Certification, n: int) -> None:
     """The sample table's radii, one a sample, are those behind the average and the curve."""
-    table = _sample_table(file, ["id", "certified_radius"]).drop_duplicates()
-    radii: Scores = table["certified_radius"].to_numpy(dtype=np.float64)
-    if table["id"].duplicated().any() or len(radii) != n or not np.isfinite(radii).all() or (radii < 0).any():
+    # Each sample's radius stands in all of its rows.
+    ids, radii = np.unique(_columns(file, ("id", "certified_radius")), axis=1)
+    if len(np.unique(ids)) != len(radii) or len(radii) != n or not np.isfinite(radii).all() or (radii < 0).any():
         raise IntegrityError(f"{file.parent / SAMPLES} doesn't hold one certified radius for each of {n} samples.")
     if abs(radii.mean() - certification.average_radius) > _TOLERANCE:
         raise IntegrityError(
@@ -110,13 +136,21 @@ def _estimate(found: Estimate) -> Estimate:
     return Estimate(**found.model_dump(include=set(Estimate.model_fields)))
 
 
-def _sample_table(file: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Some columns of the sample table beside a record.
+def _columns(file: Path, columns: tuple[str, str], stage: str = "") -> tuple[Scores, Scores]:
+    """Two columns of numbers of a record's sample table, NaN where empty; only one stage's rows where it is named.
 
     Raises:
-        IntegrityError: where it can't be read, or has no such columns.
+        IntegrityError: where the table can't be read, or has no such columns.
     """
+    names = [*columns, "attack"] if stage else list(columns)
     try:
-        return pd.read_parquet(file.parent / SAMPLES, columns=list(columns), engine="pyarrow")
-    except (OSError, ValueError, KeyError) as error:
+        # From memory: looking up a file system and its threads takes longer than reading a small file.
+        with pq.ParquetFile(pa.BufferReader((file.parent / SAMPLES).read_bytes())) as source:
+            # Reading leaves out columns that are absent; selecting does not.
+            table = source.read(columns=names, use_threads=False).select(names)
+        if stage:
+            table = table.filter(pc.equal(table["attack"], stage))
+        first, second = (table[name].cast(pa.float64()).to_numpy() for name in columns)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise IntegrityError(f"{file.parent / SAMPLES} is not a sample table: {error}") from error
+    return first, second

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from assay.boards import Board
+from assay.leaderboards.claims import claimed_text
 from assay.leaderboards.rows import Page
 from assay.leaderboards.text import csv_text, flags
 from assay.protocol import FAMILIES
@@ -15,7 +16,10 @@ from assay.record import Certification, Record
 
 
 def board_csv(page: Page) -> str:
-    """One row a record; those that no table shows come last, with the reason."""
+    """One row a record; those that no table shows come last, with the reason.
+
+    `known` is the best known robust accuracy after so many `audits`; `claimed_elsewhere` is text, not a measurement.
+    """
     buffer = io.StringIO()
     columns = [*_COLUMNS, *_certified_columns(page.board), *FAMILIES, *_LAST]
     writer = csv.DictWriter(buffer, columns, lineterminator="\n", restval="")
@@ -27,7 +31,7 @@ def board_csv(page: Page) -> str:
 _ACCURACIES = ("clean", "robust", "robust_low", "robust_high", "worst_of_n", "majority")
 _COLUMNS = ("profile", "group", "rank", "defense", "title", "verdict", "flags", "n", *_ACCURACIES)
 _AT_RADIUS = ("certified", "certified_low", "certified_high", "confident", "attacked")
-_LAST = ("forward", "backward", "seconds", "protocol_digest", "record", "why")
+_LAST = ("known", "audits", "claimed_elsewhere", "forward", "backward", "seconds", "protocol_digest", "record", "why")
 
 
 def _certified_columns(board: Board) -> list[str]:
@@ -43,6 +47,9 @@ def _rows(page: Page) -> Iterator[dict[str, Any]]:
                 **_cells(row.record, row.path, row.why, page.board.radii),
                 "group": row.group,
                 "rank": "" if row.rank is None else row.rank,
+                "known": "" if row.known is None else f"{row.known:.6f}",
+                "audits": len(row.audits),
+                "claimed_elsewhere": csv_text(claimed_text(row.claims, page.board)),
                 **{family: f"{left.value:.6f}" for family, left in row.left.items()},
             }
     for other in page.incomparable:

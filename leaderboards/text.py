@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 from urllib.parse import quote, urlsplit
-
-from markupsafe import Markup, escape
 
 from assay.record import Certification, Record
 
-BAR = 120
-"""The width, in pixels, of the bar from 0 to 100 %."""
+_MARKED = {ord(sign): f"\\{sign}" for sign in "\\`*_[]<>|~&@#$"}
+_WWW = re.compile(r"www\.", re.IGNORECASE)
 
 
 class Plain(str):
@@ -20,7 +19,10 @@ class Plain(str):
 
 def one_line(text: object) -> str:
     """Text on one line, without control characters or those that turn the reading direction."""
-    collapsed = re.sub(r"\s+", " ", str(text))
+    plain = str(text)
+    if plain.isprintable() and "  " not in plain:  # nearly all text: nothing to replace
+        return plain
+    collapsed = re.sub(r"\s+", " ", plain)
     return "".join(c for c in collapsed if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
 
 
@@ -28,14 +30,14 @@ def markdown(text: object) -> Plain:
     """Text that GitHub Markdown shows as it is: no markup, link, mention, formula or table cell comes of it."""
     if isinstance(text, Plain):
         return text
-    escaped = re.sub(r"([\\`*_\[\]<>|~&@#$])", r"\\\1", one_line(text))
+    return Plain(_escaped(one_line(text)))
+
+
+@lru_cache(maxsize=4096)
+def _escaped(line: str) -> str:
+    escaped = line.translate(_MARKED)
     # These two are how a bare address becomes a link.
-    return Plain(re.sub(r"www\.", r"www\\.", escaped.replace("://", r"\://"), flags=re.IGNORECASE))
-
-
-def breakable(name: str) -> Markup:
-    """A name in HTML that a line may break after each underscore."""
-    return escape(one_line(name)).replace("_", Markup("_<wbr>"))
+    return _WWW.sub(r"www\\.", escaped.replace("://", r"\://"))
 
 
 def web_address(url: str) -> str:
@@ -49,12 +51,14 @@ def web_address(url: str) -> str:
 
 def markdown_title(record: Record) -> Plain:
     """The defense's title, linked to its source where it has an address."""
-    card = record.defense.card
-    title = markdown(record.defense.title)
-    url = web_address(card.url)
+    return markdown_link(record.defense.title, record.defense.card.url)
+
+
+def markdown_link(text: str, url: str) -> Plain:
+    """Text, linked where `url` is an http or https address."""
     # Percent-encoded, an address holds nothing that ends the link or the cell; `&` would begin an entity.
-    target = quote(url, safe=":/?#@!&*+,;=%").replace("&", "&amp;")
-    return Plain(f"[{title}]({target})") if url else title
+    target = quote(web_address(url), safe=":/?#@!&*+,;=%").replace("&", "&amp;")
+    return Plain(f"[{markdown(text)}]({target})") if target else markdown(text)
 
 
 def csv_text(text: object) -> str:
@@ -76,11 +80,6 @@ def compact(count: int) -> str:
             scaled = count / size
             return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f} {unit}"
     return str(count)
-
-
-def pixels(value: float) -> str:
-    """An accuracy in [0, 1] as a position on the bar."""
-    return f"{BAR * value:.1f}"
 
 
 def flags(record: Record) -> list[str]:

@@ -96,10 +96,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "prepare": (*GROUND, *MACHINERY, "registry", "calibrating", "certifying", "job"),
     "evaluation": (*GROUND, *MACHINERY, "reporter", "certifying", "certification", "job", "harness", "reduce",
             "execute", "prepare", "examination"),
-    "publish": (*PLAIN, *MACHINERY),
     "bundles": (*PLAIN, "noise", "norms", *MACHINERY),
-    "verify": (*GROUND, *MACHINERY, "registry", "prepare", "job", "certification", "bundles", "audits"),
-    "auditing": (*GROUND, *MACHINERY, "registry", "prepare", "job", "bundles", "audits", "verify"),
+    "recount": (*GROUND, *MACHINERY, "job", "reduce"),
+    "rescore": (*GROUND, *MACHINERY, "registry", "guard"),
+    "verify": (*GROUND, *MACHINERY, "certifying", "certification", "job", "leaderboards", "bundles", "audits",
+            "recount", "rescore"),
+    "auditing": (*GROUND, *MACHINERY, "job", "bundles", "audits", "recount", "rescore"),
+    "publish": (*PLAIN, *MACHINERY),
     "picturing": (*GROUND, *MACHINERY, "registry", "prepare", "job", "bundles", "pictures"),
     "scaffold": (*PLAIN, "registry"),
     "submit": (*GROUND, *MACHINERY, "registry", "harness", "reduce", "prepare", "evaluation", "publish", "verify"),
@@ -147,6 +150,8 @@ TORCH_FREE = (
     "cli",
     "cli_options",
     "cli_examine",
+    "cli_verify",
+    "audits",
 )
 
 
