@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from assay import __version__, cli_examine, cli_verify
+from assay import __version__, cli_examine, cli_site, cli_verify
 from assay.cli_options import (
     EXIT,
     AttackOption,
@@ -234,6 +234,7 @@ def _has_weights(name: str, board: str) -> bool:
 
 cli_examine.add_to(app)
 cli_verify.add_to(app)
+cli_site.add_to(app)
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -85,18 +85,21 @@ class Plot:
     summary: str
 
 
-def plots(table: Table) -> tuple[Plot, ...]:
-    """A table's curves, at most `LINES` in a plot and all on the same axes; rows that failed have none."""
+def plots(table: Table, *, most: int | None = None) -> tuple[Plot, ...]:
+    """A table's curves, at most `LINES` in a plot and all on the same axes; rows that failed have none.
+
+    With `most`, only those of the first rows that so many plots hold.
+    """
     rows = [(row, row.record.certification) for row in table.certifying if row.record.verdict != "failed"]
-    drawn = [(row, found) for row, found in rows if found is not None]
-    keys = _keys(table)
+    drawn = [(row, found) for row, found in rows if found is not None][: most and most * LINES]
+    letters = keys(table)
     largest = max((found.curve[0] for _, found in drawn if found.curve), default=0.0)
     end = 1.04 * max(largest, *(float(parse_eps(radius)) for radius in table.radii), 1e-6) if table.radii else 1.0
     made = []
     size = math.ceil(len(drawn) / max(1, math.ceil(len(drawn) / LINES)))
     for start in range(0, len(drawn), max(1, size)):
         shown = drawn[start : start + size]
-        lines = tuple(_line(row, found, keys[row.path], number, end) for number, (row, found) in enumerate(shown, 1))
+        lines = tuple(_line(row, found, letters[row.path], number, end) for number, (row, found) in enumerate(shown, 1))
         made.append(
             Plot(
                 lines=_apart(lines),
@@ -109,9 +112,18 @@ def plots(table: Table) -> tuple[Plot, ...]:
     return tuple(made)
 
 
+def keys(table: Table) -> dict[str, str]:
+    """The letters of the certifying rows, by their paths: A, B, …, Z, A2, … in the table's order."""
+    size = len(ascii_uppercase)
+    return {
+        row.path: ascii_uppercase[i % size] + (str(1 + i // size) if i >= size else "")
+        for i, row in enumerate(table.certifying)
+    }
+
+
 def key(table: Table, row: Row) -> str:
-    """The letter of a certifying row: A, B, …, Z, A2, … in the table's order."""
-    return _keys(table)[row.path]
+    """The letter of one certifying row."""
+    return keys(table)[row.path]
 
 
 def steps(curve: Sequence[float], n: int) -> list[tuple[float, float]]:
@@ -181,14 +193,6 @@ def _apart(lines: Sequence[Line]) -> tuple[Line, ...]:
 
 def _near(x: float, y: float, other_x: float, other_y: float) -> bool:
     return abs(x - other_x) < _LABEL and abs(y - other_y) < _LABEL
-
-
-def _keys(table: Table) -> dict[str, str]:
-    size = len(ascii_uppercase)
-    return {
-        row.path: ascii_uppercase[i % size] + (str(1 + i // size) if i >= size else "")
-        for i, row in enumerate(table.certifying)
-    }
 
 
 def _summary(found: Sequence[Certification], radii: Sequence[str]) -> str:

@@ -151,7 +151,9 @@ TORCH_FREE = (
     "cli_options",
     "cli_examine",
     "cli_verify",
+    "cli_site",
     "audits",
+    "pictures",
 )
 
 
