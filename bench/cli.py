@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from assay import __version__, cli_examine, cli_site, cli_verify
+from assay import __version__, cli_examine, cli_regress, cli_site, cli_submit, cli_verify
 from assay.cli_options import (
     EXIT,
     AttackOption,
@@ -64,9 +64,14 @@ def list_(
     from assay.boards import board_names, load_board
     from assay.registry import ATTACKS, CERTIFICATES, DEFENSES
 
-    defenses = [DEFENSES[name] for name in DEFENSES]
-    attacks = [ATTACKS[name] for name in ATTACKS]
-    certificates = [CERTIFICATES[name] for name in CERTIFICATES]
+    plugged, broken = DEFENSES.plugins()
+    more_attacks, broken_attacks = ATTACKS.plugins()
+    more_certificates, broken_certificates = CERTIFICATES.plugins()
+    defenses = [*(DEFENSES[name] for name in DEFENSES), *plugged.values()]
+    attacks = [*(ATTACKS[name] for name in ATTACKS), *more_attacks.values()]
+    certificates = [*(CERTIFICATES[name] for name in CERTIFICATES), *more_certificates.values()]
+    for message in (broken | broken_attacks | broken_certificates).values():
+        typer.secho(f"warning: {message}", fg="yellow", err=True)
     boards = [load_board(name) for name in board_names()]
     if as_json:
         typer.echo(
@@ -232,9 +237,8 @@ def _has_weights(name: str, board: str) -> bool:
     return load_board(board).dataset in spec.card.datasets or not (spec.card.datasets or spec.needs)
 
 
-cli_examine.add_to(app)
-cli_verify.add_to(app)
-cli_site.add_to(app)
+for commands in (cli_examine, cli_submit, cli_verify, cli_regress, cli_site):
+    commands.add_to(app)
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from assay.card import SLUG, Card, Strict, explain
 from assay.digest import sha256_of_file, sha256_of_json
@@ -21,6 +22,9 @@ from assay.finding import Finding
 from assay.protocol import ProfileName, Verdict
 from assay.results import AttackResult, Certification, Estimate, RadiusResult, Results, RuleResult, Rules, Spending
 from assay.threat import Norm
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "AttackResult", "BoardRef", "Certification", "Cost", "DefenseRef", "Estimate", "ProtocolRef", "Provenance",
@@ -142,6 +146,13 @@ class Provenance(Strict):
     finished: str
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """Where a record was read from; any two are equal, since the same record may lie in two places."""
+
+    folder: Path | None = field(default=None, compare=False)
+
+
 class Record(Strict):
     """A finished run.
 
@@ -168,6 +179,7 @@ class Record(Strict):
     files: dict[FileName, str]
     outcome_sha256: str = ""
     digest: str = ""
+    _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
     def sealed(self, samples: Any) -> Record:
         """This record with its digests filled in; `samples` is the per-sample outcome, as plain JSON data."""
@@ -182,6 +194,20 @@ class Record(Strict):
         """Plain JSON data, as written."""
         data: dict[str, Any] = self.model_dump(mode="json", by_alias=True)
         return data
+
+    def to_frame(self) -> pd.DataFrame:
+        """The sample table: one row a sample and stage (`clean`, each attack, `final`), as `assay.reduce` makes it.
+
+        Raises:
+            InputError: for a record that wasn't read from disk, or that measured no samples.
+            IntegrityError: where the table is missing or was changed.
+        """
+        import pandas as pd
+
+        if self._origin.folder is None or SAMPLES not in self.files:
+            why = "was not read from disk" if SAMPLES in self.files else "measured no samples"
+            raise InputError(f"the record of {self.defense.name} {why}, so it has no {SAMPLES}.")
+        return pd.read_parquet(_checked(self, SAMPLES, self._origin.folder), engine="pyarrow")
 
     @property
     def ranked(self) -> bool:
@@ -246,12 +272,19 @@ def read_record(path: Path, *, files: bool = False) -> Record:
         raise InputError(f"{path} is not a valid record: {explain(error)}") from error
     if found != record.digest:
         raise IntegrityError(f"{path} was changed after it was written: its digest says {record.digest}.")
+    record._origin = _Origin(path.parent)
     if files:
-        for name, expected in record.files.items():
-            file = path.parent / name
-            if not file.is_file() or sha256_of_file(file) != expected:
-                raise IntegrityError(f"{file} is missing or was changed after the record was written.")
+        for name in record.files:
+            _checked(record, name, path.parent)
     return record
+
+
+def _checked(record: Record, name: FileName, folder: Path) -> Path:
+    """A file of the record's, once it matches its digest."""
+    file = folder / name
+    if not file.is_file() or sha256_of_file(file) != record.files[name]:
+        raise IntegrityError(f"{file} is missing or was changed after the record was written.")
+    return file
 
 
 def _refuse_constant(name: str) -> float:

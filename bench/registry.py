@@ -1,4 +1,7 @@
-"""Names to objects: literal tables of built-ins, loaded when asked for; `module:object` for everybody else."""
+"""Names to objects: literal tables of built-ins, and `PACKAGE/NAME` for plugins, loaded when asked for.
+
+`module:object` and `path/to/file.py:object` are for code that is not installed as a plugin, and need trust.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import importlib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import FunctionType
 from typing import Any, Generic, TypeVar
@@ -18,6 +22,7 @@ from assay.certificate import Certificate, refuse_unsound
 from assay.defense import Defense, DefenseSpec, ForeignModule
 from assay.errors import InputError, nearest
 from assay.foreign import PACKAGES, OpenSpec, find_object, is_code, refuse_untrusted
+from assay.plugins import installed, load_plugin
 
 T = TypeVar("T")
 
@@ -25,14 +30,19 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """A table of names, each an object or the `module:object` where one is.
 
+    Iterating it gives the built-ins alone: what else is installed changes neither a board's calibration nor
+    `assay run --all`. Looking up a name finds plugins too.
+
     Args:
         kind: what error messages call an entry.
         expected: the class every entry must have.
         entries: the built-ins.
+        group: the entry points of installed packages that belong here, under `PACKAGE/NAME`; none where empty.
     """
 
-    def __init__(self, kind: str, expected: type[T], entries: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, expected: type[T], entries: Mapping[str, str], group: str = "") -> None:
         self.kind = kind
+        self.group = group
         self._expected = expected
         self._entries: dict[str, str | T] = dict(entries)
 
@@ -42,12 +52,12 @@ class Registry(Generic[T]):
         Raises:
             InputError: for a name that is taken: silently replacing a defense would change what a row means.
         """
-        if name in self._entries:
+        if name in self:
             raise InputError(f"a {self.kind} named {name!r} is registered already; choose another name.")
         self._entries[name] = entry
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return name in self._entries or name in self._plugins(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))
@@ -56,10 +66,10 @@ class Registry(Generic[T]):
         """The entry called `name`, imported if it has not been yet.
 
         Raises:
-            InputError: for an unknown name, with the nearest known one.
+            InputError: for an unknown name, with the nearest known one, or a plugin that can't be loaded.
         """
         if name not in self._entries:
-            raise InputError(f"no {self.kind} is called {name!r}.{nearest(name, self._entries)}")
+            return self._plugin(name)[0]
         entry = self._entries[name]
         if isinstance(entry, str):
             module, _, attribute = entry.partition(":")
@@ -68,6 +78,38 @@ class Registry(Generic[T]):
                 raise InputError(f"{self.kind} {name!r} is a {type(entry).__name__}, not a {self._expected.__name__}.")
             self._entries[name] = entry
         return entry
+
+    def file(self, name: str) -> Path | None:
+        """The file that holds a plugin; None for a built-in, whose code the project's own digest covers.
+
+        Raises:
+            InputError: as a look-up does.
+        """
+        return None if name in self._entries else self._plugin(name)[1]
+
+    def plugins(self) -> tuple[dict[str, T], dict[str, str]]:
+        """What installed packages add, by name, and why the rest of it can't be loaded. Imports them; never raises."""
+        found: dict[str, T] = {}
+        broken: dict[str, str] = {}
+        for name in self._plugins():
+            try:
+                found[name] = self[name]
+            except InputError as error:
+                broken[name] = str(error)
+        return found, broken
+
+    def _plugins(self, name: str = "/") -> Mapping[str, tuple[EntryPoint, ...]]:
+        # Only a name with a slash can be a plugin's: for others nobody's metadata is read.
+        return installed(self.group) if self.group and "/" in name else {}
+
+    def _plugin(self, name: str) -> tuple[T, Path | None]:
+        plugins = self._plugins()
+        if name not in plugins:
+            raise InputError(f"no {self.kind} is called {name!r}.{nearest(name, [*self._entries, *plugins])}")
+        thing, file = load_plugin(self.kind, name, plugins[name], self._expected)
+        if isinstance(thing, DefenseSpec) and thing.source is None:
+            thing = replace(thing, source=file)
+        return thing, file
 
 
 DEFENSES: Registry[DefenseSpec] = Registry(
@@ -97,6 +139,7 @@ DEFENSES: Registry[DefenseSpec] = Registry(
         "saturated_logits": "assay.defenses.broken:SATURATED_LOGITS",
         "random_resize": "assay.defenses.broken:RANDOM_RESIZE",
     },
+    group="assay.defenses",
 )
 
 ATTACKS: Registry[AttackSpec] = Registry(
@@ -115,6 +158,7 @@ ATTACKS: Registry[AttackSpec] = Registry(
         "diffhammer": "assay.attacks.diffhammer:SPEC",
         "autoattack": "assay.attacks.autoattack:SPEC",
     },
+    group="assay.attacks",
 )
 
 
@@ -136,6 +180,7 @@ CERTIFICATES: Registry[Certificate] = Registry(
         "lipschitz": "assay.certificates.lipschitz:LIPSCHITZ",
         "soft_smoothing": "assay.certificates.soft_smoothing:SOFT_SMOOTHING",
     },
+    group="assay.certificates",
 )
 
 
@@ -149,7 +194,7 @@ def resolve_certificate(
         beside: the file of the defense that names it, in whose folder a relative path is looked for too.
 
     Returns:
-        The certificate, and of a foreign one the file that holds it.
+        The certificate, and of a foreign or installed one the file that holds it.
 
     Raises:
         InputError: for an unknown name (with the nearest), that of an unsound scheme (with the reason), for foreign
@@ -157,7 +202,7 @@ def resolve_certificate(
     """
     refuse_unsound(name)
     if ":" not in name or name in CERTIFICATES:
-        return CERTIFICATES[name], None
+        return CERTIFICATES[name], CERTIFICATES.file(name)
     location, _, attribute = name.rpartition(":")
     if location.endswith(".py") and beside is not None and not Path(location).is_file():
         near = beside.parent / location
@@ -186,11 +231,11 @@ def is_foreign(name: str) -> bool:
 
 
 def resolve_defense(name: str, *, trust: bool = False, norm: str = "") -> DefenseSpec:
-    """A defense from a registered name, `module:object` or `path/to/file.py:object`, or a package's `PACKAGE:NAME`.
+    """A defense from a registered or installed name, `module:object`, `path/to/file.py:object`, or `PACKAGE:NAME`.
 
     The object may be a `DefenseSpec`, a `Defense` (instance or class without arguments), or an
     `nn.Module` from images in [0, 1] to logits, taken as deterministic. The packages are robustbench,
-    timm and torchvision, whose models need no trust: who installed them has given it.
+    timm and torchvision, whose models need no trust, nor do plugins: who installed them has given it.
 
     Args:
         trust: execute code from outside the registry, whether it is the defense or one of its options.
