@@ -26,8 +26,8 @@ def test_no_digits_defense_fell_below_its_record(robustness: Robustness, defense
     assert found.comparisons[0].detectable is not None
 
 
-@pytest.mark.robustness(baseline=f"{RECORDS}/digits-l2/undefended/standard", n=20)
-def test_the_undefended_model_is_no_worse_under_l2() -> None:
+@pytest.mark.robustness(baseline=f"{RECORDS}/digits-linf/bit_depth/standard", n=20)
+def test_bit_depth_is_no_worse_than_its_record() -> None:
     """The marker says it all."""
 
 
