@@ -378,7 +378,9 @@ def test_a_judgement_names_the_leader_and_is_sure_only_far_from_the_plane(certif
     assert found.sure.tolist() == [True, False, False, True]
 
 
-@pytest.mark.parametrize("sigma", [torch.full((3,), 0.25), lambda x: 0.25, "0.25", True], ids=["a tensor", "a function", "text", "a flag"])
+@pytest.mark.parametrize(
+    "sigma", [torch.full((3,), 0.25), lambda x: 0.25, "0.25", True], ids=["a tensor", "a function", "text", "a flag"]
+)
 def test_a_noise_level_of_the_image_is_refused_with_the_reason(sigma: object) -> None:
     with pytest.raises(InputError, match=r"one number for all images.*selected_smoothing.*elastic_smoothing"):
         Smoothed(sigma, lambda noised, noise: noised)  # type: ignore[arg-type]
