@@ -24,8 +24,8 @@ PACKAGES = ("robustbench", "timm", "torchvision")
 
 
 def is_code(name: str) -> bool:
-    """Whether a name points at somebody's code, and not at a model of one of `PACKAGES`."""
-    return ":" in name and name.partition(":")[0] not in PACKAGES
+    """Whether a name points at somebody's code, and not at a model of one of `PACKAGES` or into the web."""
+    return ":" in name and "://" not in name and name.partition(":")[0] not in PACKAGES
 
 
 def refuse_untrusted(name: str, trust: bool) -> None:

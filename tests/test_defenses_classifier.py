@@ -142,7 +142,7 @@ def test_two_builds_of_an_instance_share_no_parameter(build: Callable[..., Defen
     ("name", "says"),
     [
         ("junk", r"is a int; expected module:object or path\.py:object"),
-        ("number", r"makes a int; expected a torch\.nn\.Module"),
+        ("number", r"makes a int; expected module:object or path\.py:object of a torch\.nn\.Module"),
         ("demanding", "can't be called without arguments: missing a required argument: 'depth'"),
         ("defended", "makes a Classifier; expected"),
         ("defense", "is a defense already: run it by that name"),

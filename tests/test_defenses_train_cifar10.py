@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from assay.defenses import augment, cifar10_split, conditional, diffpure, fitting_cifar10, train, weight_files
+from assay.defenses import augment, cifar10_split, conditional, diffpure, fitting_cifar10, train, variants, weight_files
 from assay.defenses.checkpoints import WEIGHTS, load_weights, read_manifest
 from assay.defenses.conditional import LabelledDenoiser
 from assay.defenses.denoiser import ScoreDenoiser, encode
@@ -324,8 +324,8 @@ def test_diffpure_takes_the_trained_model_where_it_is_listed(tmp_path: Path, mon
     denoiser = LabelledDenoiser(labelled_unet((8, 16), 1, 8)).eval()
     file = tmp_path / "diffusion.safetensors"
     file.write_bytes(b"stands for the weights")
-    monkeypatch.setattr(diffpure, "cifar10_denoiser", lambda: denoiser)
-    monkeypatch.setattr(diffpure, "cifar10_files", lambda: {conditional.CIFAR10: file})
+    monkeypatch.setattr(variants, "cifar10_denoiser", lambda: denoiser)
+    monkeypatch.setattr(variants, "cifar10_files", lambda: {conditional.CIFAR10: file})
     defense = diffpure.load("cifar10", level=100, steps=2)
     assert set(defense.card.weights) == set(diffpure.weight_files("cifar10"))
     assert conditional.CIFAR10 in defense.card.weights

@@ -96,7 +96,7 @@ CHANGES: dict[str, Options] = {
     },
     "smoothing": {"votes": "3", "sigma": ".4", "soft": "true"},
 }
-"""Of each defense every option, but those of the denoiser and of sifting's grid, with another value."""
+"""Of each defense every option, but those of the networks and of sifting's grid, with another value."""
 BROUGHT = ("gdmp", "likelihood_maximisation", "victim_guided")
 
 
@@ -240,7 +240,7 @@ def test_each_option_changes_the_answer(name: str, option: str, batch: tuple[Ten
 
 def test_the_table_of_changes_has_every_option() -> None:
     for name, changes in CHANGES.items():
-        assert set(DEFENSES[name].options) - {"denoiser", "every", "temperature", "bound"} == set(changes)
+        assert set(DEFENSES[name].options) - {"denoiser", "classifier", "every", "temperature", "bound"} == set(changes)
 
 
 @pytest.mark.parametrize(
