@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -130,12 +130,6 @@ def _digest(plain: dict[str, Any]) -> str:
     return sha256_of_json({key: value for key, value in plain.items() if key != "digest"})
 
 
-def place_of(record: Record) -> PurePosixPath:
-    """Where a record's row lies below `records/` and `audits/`: BOARD/DEFENSE/PROFILE."""
-    name = record.defense.card.name.replace("/", "--") + record.defense.variant
-    return PurePosixPath(record.board.name, name, record.protocol.profile)
-
-
 def read_audits(folder: Path, record: Record) -> tuple[Audit, ...]:
     """The audits of a record in a leaderboards folder, the oldest first.
 
@@ -147,7 +141,7 @@ def read_audits(folder: Path, record: Record) -> tuple[Audit, ...]:
     """
     found = []
     value = record.results.robust.value if record.results is not None else None
-    for number, file in sorted(_numbered(folder / AUDITS / place_of(record), "json").items()):
+    for number, file in sorted(_numbered(folder / AUDITS / record.place, "json").items()):
         audit = _read(file, number)
         if audit.record_digest != record.digest:
             continue
@@ -210,7 +204,7 @@ def write_audit(folder: Path, record: Record, audit: Audit, examples: bytes) -> 
     """
     if not (folder / "boards").is_dir():
         raise InputError(f"{folder} holds no boards/; expected a leaderboards folder.")
-    place = folder / AUDITS / place_of(record)
+    place = folder / AUDITS / record.place
     place.mkdir(parents=True, exist_ok=True)
     # Examples without an audit are what a crash left: their number is not used again.
     number = 1 + max((*_numbered(place, "json"), *_numbered(place, "safetensors")), default=0)

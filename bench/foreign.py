@@ -71,16 +71,25 @@ def make_module(name: str, kind: type[Module], expected: str) -> Module:
         return copy.deepcopy(thing)
     if isinstance(thing, nn.Module) or not callable(thing):
         raise InputError(f"{name!r} is a {type(thing).__name__}; expected {expected}.")
+    made = call(thing, attribute)
+    if not isinstance(made, kind) or isinstance(made, Defense):
+        raise InputError(f"{name!r} makes a {type(made).__name__}; expected {expected}.")
+    return made
+
+
+def call(thing: Any, name: str) -> Any:
+    """What a class or function of somebody's makes without arguments.
+
+    Raises:
+        InputError: where it needs some.
+    """
     try:
         inspect.signature(thing).bind()
     except TypeError as error:
         raise InputError(
-            f"{attribute!r} can't be called without arguments: {error}. Name a function that can."
+            f"{name!r} can't be called without arguments: {error}. Name an instance, or a function that can."
         ) from error
-    made = thing()
-    if not isinstance(made, kind) or isinstance(made, Defense):
-        raise InputError(f"{name!r} makes a {type(made).__name__}; expected {expected}.")
-    return made
+    return thing()
 
 
 def code_file(name: str) -> Path | None:

@@ -19,9 +19,8 @@ _MOVED = "replaced"
 
 
 def row_folder(record: Record) -> Path:
-    """`records/BOARD/DEFENSE/PROFILE`: where a record's files lie in a leaderboards folder. A `/` becomes `--`."""
-    name = record.defense.card.name.replace("/", "--") + record.defense.variant
-    return Path("records") / record.board.name / name / record.protocol.profile
+    """Where a record's files lie in a leaderboards folder."""
+    return Path("records") / record.place
 
 
 def row_files(record: Record, run: Path) -> dict[str, bytes]:

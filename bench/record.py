@@ -10,7 +10,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, ValidationError, model_serializer
@@ -208,6 +208,12 @@ class Record(Strict):
             why = "was not read from disk" if SAMPLES in self.files else "measured no samples"
             raise InputError(f"the record of {self.defense.name} {why}, so it has no {SAMPLES}.")
         return pd.read_parquet(_checked(self, SAMPLES, self._origin.folder), engine="pyarrow")
+
+    @property
+    def place(self) -> PurePosixPath:
+        """Where its row lies below `records/` and `audits/`: BOARD/DEFENSE/PROFILE, a `/` of the name as `--`."""
+        name = self.defense.card.name.replace("/", "--") + self.defense.variant
+        return PurePosixPath(self.board.name, name, self.protocol.profile)
 
     @property
     def ranked(self) -> bool:

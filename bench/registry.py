@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -21,7 +20,7 @@ from assay.card import Card, Traits
 from assay.certificate import Certificate, refuse_unsound
 from assay.defense import Defense, DefenseSpec, ForeignModule
 from assay.errors import InputError, nearest
-from assay.foreign import PACKAGES, OpenSpec, find_object, is_code, refuse_untrusted
+from assay.foreign import PACKAGES, OpenSpec, call, find_object, is_code, refuse_untrusted
 from assay.plugins import installed, load_plugin
 
 T = TypeVar("T")
@@ -262,13 +261,7 @@ def _as_spec(thing: Any, name: str, file: str | None) -> DefenseSpec:
     if isinstance(thing, DefenseSpec):
         return thing if thing.source else replace(thing, source=source)
     if isinstance(thing, type) and issubclass(thing, nn.Module):
-        try:
-            inspect.signature(thing).bind()
-        except TypeError as error:
-            raise InputError(
-                f"{name!r} is a class that can't be made without arguments: {error}. Name an instance."
-            ) from error
-        thing = thing()
+        thing = call(thing, name)
     if isinstance(thing, Defense):
         return DefenseSpec(thing.card, lambda dataset: thing, source)
     if isinstance(thing, nn.Module):

@@ -141,7 +141,7 @@ def load(
 
     Args:
         dataset: digits, or cifar10 where its weights are packaged: it needs a denoiser that works with and without a
-            class, which no one can bring yet.
+            class, and takes none of a user's.
         renoise: what the levels' noise is added to: denoised, x̂_0, or noised, x_τ.
         sigma: the smoothing noise's standard deviation in pixel units.
         votes: draws of the majority.

@@ -106,6 +106,10 @@ class LikelihoodMaximiser:
         return Chain(lambda x, noise: encode(x), [self.step] * self.steps, self.readout, self.steps)
 
 
+def _before(which: str) -> str:
+    return f"before {which} classifier; the paper's own system puts it before a diffusion classifier"
+
+
 CARD = Card(
     name="likelihood_maximisation",
     title="Likelihood maximisation",
@@ -119,7 +123,7 @@ CARD = Card(
         f"radius; one σ and one ε a step, σ uniform from {SIGMAS[0]:g} to {SIGMAS[1]:g} in [-1, 1] units as in the "
         "authors' code",
         "the error is weighted as that of ε, by 1/σ²; a step's length does not depend on it",
-        "before the undefended classifier; the paper's own system puts it before a diffusion classifier",
+        _before("the undefended"),
         "surrogate: fewer steps, each longer, so that they reach as far",
     ),
     traits=Traits(stochastic=True, purifies=True, iterative=True, inner_gradient=True),
@@ -161,12 +165,8 @@ def load(
     purifier = LikelihoodMaximiser(network, steps, step_size, radius, (lowest, highest))
     process = purifier.chain()  # refuses what can't run, before anything does
     card = CARD
-    if (
-        dataset != "digits"
-        or denoiser
-        or classifier
-        or (steps, step_size, radius, lowest, highest) != (STEPS, STEP_SIZE, RADIUS, *SIGMAS)
-    ):
+    options = (steps, step_size, radius, lowest, highest)
+    if dataset != "digits" or denoiser or classifier or options != (STEPS, STEP_SIZE, RADIUS, *SIGMAS):
         taken = counted(steps, "gradient step")
         card = with_files(
             with_purifier(CARD, process),
@@ -176,7 +176,9 @@ def load(
                 CARD.choices[0],
                 f"{taken} of {step_size:g} (root mean square, in pixels) within linf {radius:g}; one σ and one ε a "
                 f"step, σ uniform from {lowest:g} to {highest:g} in [-1, 1] units",
-                *CARD.choices[2:],
+                CARD.choices[2],
+                _before("another" if classifier else "the undefended"),
+                *CARD.choices[4:],
             ),
         )
     return DiffPure(purifier, take_classifier(classifier, dataset), describe(dataset).n_classes, card)

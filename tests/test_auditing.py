@@ -24,7 +24,6 @@ from assay.bundles import bundle_bytes, read_bundle
 from assay.defense import DefenseSpec
 from assay.digest import sha256_of_file, sha256_of_json
 from assay.errors import InputError, IntegrityError
-from assay.publish import publish_record
 from assay.record import BUNDLE, RECORD, SAMPLES, read_record
 from assay.registry import DEFENSES
 
@@ -405,10 +404,3 @@ def test_the_command_tells_what_came_of_it(
     bundle.write_bytes(b"no")
     assert isinstance(command(*words).exception, InputError)
     assert command("audit", row(here, "toy-known"), bundle).exit_code == 2  # unsigned
-
-
-def test_the_names_of_published_rows_are_those_of_their_audits(here: Path, toy_run: Path) -> None:
-    from assay.audits import place_of
-
-    published = publish_record(toy_run, here)
-    assert published == here / "records" / place_of(read_record(toy_run))

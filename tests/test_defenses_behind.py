@@ -67,7 +67,8 @@ def test_a_purifier_stands_before_the_named_classifier(name: str) -> None:
     assert torch.equal(robust.classifier(x), trained(x))
     assert not torch.equal(usual.classifier(x), trained(x))
     assert not torch.equal(_logits(robust), _logits(usual))
-    # The card says which weights these are, and the record tells the two rows apart.
+    # The card says which weights these are and claims no other, and the record tells the two rows apart.
+    assert "undefended" not in " ".join((robust.card.summary, *robust.card.choices))
     assert packaged(ROBUST).items() <= robust.card.weights.items()
     spec = DEFENSES[name]
     assert spec.files("digits", {"classifier": "adversarial_training"}).keys() == robust.card.weights.keys()
