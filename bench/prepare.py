@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,7 @@ class Prepared:
             "assay": __version__,
             "code_sha256": provenance.code_sha256(),
             "packages": provenance.package_versions(),
-            "defense": {
-                "name": self.name,
-                **self.defense_ref.model_dump(mode="json", exclude={"name"}),
-                # Foreign code loads its weights from wherever it likes: what was loaded counts.
-                "state_sha256": provenance.state_sha256(job.defense),
-            },
+            "defense": self.defense_ref.model_dump(mode="json"),
             "transfer_source": provenance.state_sha256(job.source) if job.source is not None else None,
             "board": self.board_ref.model_dump(mode="json"),
             "protocol": self.protocol_ref.model_dump(mode="json"),
@@ -76,13 +72,21 @@ class Prepared:
             "threads": provenance.threads(),
         }
 
-    @property
+    @cached_property
     def defense_ref(self) -> DefenseRef:
-        """The defense as a record names it."""
+        """The defense as a record names it: its files and parameters as they were when this was first asked for."""
         weights = {name: sha256_of_file(path) for name, path in self.weight_files.items()}
         source = sha256_of_file(self.spec.source) if self.spec.source else None
         options = self.spec.recorded(self.job.board.dataset, self.options)
-        return DefenseRef(name=self.name, card=self.spec.card, options=options, weights=weights, source_sha256=source)
+        return DefenseRef(
+            name=self.name,
+            card=self.spec.card,
+            options=options,
+            weights=weights,
+            source_sha256=source,
+            # Foreign code loads its weights from wherever it likes: what was loaded counts.
+            state_sha256=provenance.state_sha256(self.job.defense),
+        )
 
     @property
     def weight_files(self) -> Mapping[str, Path]:

@@ -71,10 +71,12 @@ class BoardRef(Strict):
 
 
 class DefenseRef(Strict):
-    """Which defense: its card, its options, and the digests of its weights and source.
+    """Which defense: its card, its options, and the digests of its weights, source and parameters.
 
     Attributes:
         options: those that differ from their defaults, in text; of a path to weights the last part.
+        state_sha256: of the parameters and buffers that were measured (`assay.provenance.state_sha256`), whatever file
+            they came from: code that loads weights by itself names none. None in records made before it was kept.
     """
 
     name: str
@@ -82,12 +84,15 @@ class DefenseRef(Strict):
     options: dict[str, str] = Field(default_factory=dict)
     weights: dict[str, str]
     source_sha256: str | None
+    state_sha256: str | None = None
 
     @model_serializer(mode="wrap")
     def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         plain: dict[str, Any] = handler(self)
-        if not self.options:  # absent, as in the records made before there were any: their digests hold
-            plain.pop("options", None)
+        # Absent, as in the records made before there were any: their digests hold.
+        for name in ("options", "state_sha256"):
+            if not getattr(self, name):
+                plain.pop(name, None)
         return plain
 
     @property

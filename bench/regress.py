@@ -156,6 +156,9 @@ def _changed(baseline: Record, candidate: Record) -> tuple[str, ...]:
         "its options": a.defense.options == b.defense.options,
         "its weights": a.defense.weights == b.defense.weights,
         "its source": a.defense.source_sha256 == b.defense.source_sha256,
+        # None where a record is older than the digest.
+        "its parameters": a.defense.state_sha256 == b.defense.state_sha256
+        or None in (a.defense.state_sha256, b.defense.state_sha256),
         "its card": a.defense.card == b.defense.card,
         "assay's own code": a.provenance.code_sha256 == b.provenance.code_sha256,
     }

@@ -16,7 +16,7 @@ from assay.digest import sha256_of_file
 from assay.errors import AssayError, InputError
 from assay.guard import Named, vote
 from assay.noise import Noise
-from assay.provenance import package_versions
+from assay.provenance import package_versions, state_sha256
 from assay.record import Record
 from assay.registry import resolve_defense
 from assay.target import Target
@@ -57,6 +57,9 @@ def defense_of(record: Record, board: Board, *, device: str = "cpu", trust: bool
         raise NotAtHandError(f"{ref.name} can't be had here: {type(error).__name__}: {reason}") from error
     made, torch = record.provenance, package_versions().get("torch", "")
     notes = ["its source file has another digest than the record's"] if source != ref.source_sha256 else []
+    if ref.state_sha256 not in (None, state_sha256(defense)):
+        # Not refused: a buffer that is computed at loading, as a schedule is, may differ in its last bits.
+        notes.append("its parameters have another digest than the record's")
     if (made.device, made.packages.get("torch", "")) != (device, torch):
         notes.append(f"the record was made on {made.device} with torch {made.packages.get('torch')}, this is {device} "
                      f"with {torch}")  # fmt: skip

@@ -147,7 +147,7 @@ def _items(record: Record, run: Path, leaderboards: Path, *, source: str, trust:
         hint = " Of an option that is a path the record keeps the last part: stand in that folder."
         yield _item("defense", f"it can't be loaded again: {_said(error)}{hint if record.defense.options else ''}")
         return
-    yield _item("defense", _differs(record, prepared, run), "loaded again, the same as was measured")
+    yield _item("defense", _differs(record, prepared), "loaded again, the same as was measured")
     yield _item(
         "weights", _unreachable(record, prepared, source), f"{', '.join(record.defense.weights) or 'none'}, hashed"
     )
@@ -195,26 +195,23 @@ def _unsourced(record: Record, source: str) -> str:
     return ""
 
 
-def _differs(record: Record, prepared: Prepared, run: Path) -> str:
+def _differs(record: Record, prepared: Prepared) -> str:
     """What of the defense is no longer what was measured."""
     spec, then = prepared.spec, record.defense
     source = sha256_of_file(spec.source) if spec.source else None
     options = spec.recorded(record.board.dataset, then.options)
+    state = provenance.state_sha256(prepared.job.defense)
     problems = [
         f"its {what} {'was' if what == 'source' else 'are'} changed since the run"
         for what, same in (
             ("source", source == then.source_sha256),
+            ("parameters", then.state_sha256 in (None, state)),
             ("card or options", (spec.card, options) == (then.card, then.options)),
             ("mandatory attacks", prepared.protocol_ref.mandatory == record.protocol.mandatory),
             ("samples or threat model", prepared.board_ref == record.board),
         )
         if not same
     ]
-    plan = run / "plan.json"
-    if plan.is_file():
-        measured = json.loads(plan.read_text()).get("defense", {}).get("state_sha256")
-        if measured not in (None, provenance.state_sha256(prepared.job.defense)):
-            problems.append("its parameters are other ones than were measured")
     return "; ".join(problems)
 
 

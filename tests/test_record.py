@@ -47,7 +47,7 @@ def test_a_record_has_the_names_that_others_read(run: Path) -> None:
     assert {"id", "digest", "profile"} <= set(plain["protocol"])
     assert {"name", "dataset", "revision", "n", "ids_sha256", "threat"} <= set(plain["board"])
     assert plain["board"]["threat"] == {"norm": "linf", "eps": "1/10"}
-    assert {"name", "card", "weights", "source_sha256"} <= set(plain["defense"])
+    assert {"name", "card", "weights", "source_sha256", "state_sha256"} <= set(plain["defense"])
     assert {"clean", "robust", "attacks", "certified", "rules"} <= set(plain["results"])
     assert set(plain["results"]["rules"]) == {"expected", "worst_of_n", "majority"}
     assert {"forward", "backward", "seconds"} <= set(plain["cost"])

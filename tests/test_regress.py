@@ -327,6 +327,11 @@ def test_what_else_changed_is_told(make: Callable[..., Record]) -> None:
     made = record.provenance.model_copy(update={"seed": 3, "code_sha256": "x", "packages": {"torch": "9"}})
     other = record.model_copy(update={"provenance": made})
     assert compare(record, other).changed == ("assay's own code", "seed 0 -> 3", "torch absent -> 9")
+    loaded = [
+        record.model_copy(update={"defense": record.defense.model_copy(update={"state_sha256": state})})
+        for state in (None, "a" * 64, "b" * 64)
+    ]
+    assert [compare(loaded[1], each).changed for each in loaded] == [(), (), ("its parameters",)]
     assert record.results is not None
     attacks = {name: each for name, each in record.results.attacks.items() if name != "square"}
     fewer = record.model_copy(update={"results": record.results.model_copy(update={"attacks": attacks})})

@@ -87,11 +87,9 @@ def run(toy_run: Path, tmp_path: Path) -> Path:
         "card": spec.card.model_dump(mode="json"),
         "weights": {"mine.safetensors": sha256_of_file(tmp_path / "mine.safetensors")},
         "source_sha256": sha256_of_file(tmp_path / "mine.py"),
+        "state_sha256": provenance.state_sha256(spec.build("digits")),
     }
     edit(folder, lambda plain: plain.update(defense=defense))
-    plan = json.loads((folder / "plan.json").read_text())
-    plan["defense"]["state_sha256"] = provenance.state_sha256(spec.build("digits"))
-    (folder / "plan.json").write_text(json.dumps(plan))
     return folder
 
 
@@ -250,7 +248,7 @@ def test_weights_and_source_changed_since_the_run_are_noticed(run: Path, board: 
     file = run.parent / "mine.safetensors"
     save_file({"weight": torch.ones(11, 64), "bias": torch.zeros(11)}, file)
     found = objections(read(run, board))
-    assert "parameters are other ones" in found["defense"]
+    assert "its parameters are changed since the run" in found["defense"]
     assert "no longer what was measured" in found["weights"]
     file.unlink()
     message = objections(read(run, board))["defense"]

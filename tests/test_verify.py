@@ -416,6 +416,19 @@ def test_one_changed_weight_that_changes_an_outcome_is_caught(
     )
 
 
+def test_other_parameters_are_said_beside_the_scores(
+    sure: Path, folder: Path, registered: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = "its parameters have another digest than the record's"
+    assert says not in verify_record(sure, leaderboards=folder).items[-1].message
+    changed = registered.zoo.Linear("toy-sure")
+    changed.weight *= 1 + 1e-6
+    monkeypatch.setitem(registered.models, "toy-sure", changed)
+    item = verify_record(sure, leaderboards=folder).items[-1]
+    assert (item.name, item.status) == ("scores", "ok")
+    assert says in item.message
+
+
 def test_other_weights_are_skipped_with_the_reason(sure: Path, folder: Path, registered: Here) -> None:
     weights: Path = registered.weights  # type: ignore[attr-defined]
     try:
