@@ -27,12 +27,13 @@ UNDERSTOOD = (
 )
 
 
-def take_classifier(source: str, dataset: str) -> nn.Module:
+def take_classifier(source: str, dataset: str, role: str = "classifier") -> nn.Module:
     """The classifier behind a purifier, images in [0, 1] to logits.
 
     Args:
         source: what `UNDERSTOOD` lists; empty for the undefended one. Code is executed: see `assay.foreign.OpenSpec`.
         dataset: whose images it is for.
+        role: the option that names it.
 
     Raises:
         InputError: for a source that can't be used, or a network that doesn't recognise the data set's images.
@@ -41,35 +42,35 @@ def take_classifier(source: str, dataset: str) -> nn.Module:
         name, threat = _threat(source)
         network, _ = classifier.take_network(name, dataset, borrowing=threat)
         return network
-    defense = _registered(source, dataset).load(dataset)
+    defense = _registered(source, dataset, role).load(dataset)
     assert isinstance(defense, Classifier)
     return defense.network
 
 
-def behind_files(source: str, dataset: str) -> dict[str, Path]:
+def behind_files(source: str, dataset: str, role: str = "classifier") -> dict[str, Path]:
     """The weight files that `take_classifier` reads, by name, and the file of a user's code.
 
     Raises:
         InputError: for a source that can't be used.
     """
     if ":" not in source:
-        return dict(_registered(source, dataset).weight_files(dataset))
+        return dict(_registered(source, dataset, role).weight_files(dataset))
     if is_code(source):
         file = code_file(source)
-        return {f"classifier/{file.name}": file} if file is not None else {}
+        return {f"{role}/{file.name}": file} if file is not None else {}
     name, threat = _threat(source)
     package, _, model = name.partition(":")
     return borrowed_files(package, model, dataset, **threat)
 
 
-def _registered(source: str, dataset: str) -> DefenseSpec:
+def _registered(source: str, dataset: str, role: str) -> DefenseSpec:
     name = source or undefended.CARD.name
     if name not in _REGISTERED:
         raise InputError(f"no classifier {source!r}.{nearest(source, _REGISTERED)} Expected {UNDERSTOOD}.")
     spec = _REGISTERED[name]
     if dataset not in spec.card.datasets:
         known = ", ".join(spec.card.datasets)
-        raise InputError(f"{name} has weights for {known}, not for {dataset!r}; give --option classifier=… another.")
+        raise InputError(f"{name} has weights for {known}, not for {dataset!r}; give --option {role}=… another.")
     return spec
 
 

@@ -20,41 +20,34 @@ from torch import Tensor, nn
 from assay.card import Card, Traits
 from assay.chain import Chain, inner_gradient
 from assay.data import describe
-from assay.defense import DefenseSpec
 from assay.defenses import diffpure
-from assay.defenses.checkpoints import WEIGHTS, load_packaged, packaged
-from assay.defenses.denoiser import UNetDenoiser, decode, small_unet
+from assay.defenses.behind import take_classifier
+from assay.defenses.checkpoints import data_sets, packaged
+from assay.defenses.denoiser import decode
 from assay.defenses.diffpure import DENOISER, DiffPure
 from assay.defenses.guidance import TEMPERATURE, GuidedPurifier, label_log_probability, label_weights
-from assay.defenses.networks import DigitsCNN
+from assay.defenses.guide import CIFAR10 as CIFAR10_GUIDE
+from assay.defenses.guide import DIGITS as GUIDE
+from assay.defenses.guide import Guide, guide_files, take_guide
 from assay.defenses.purifier import posterior
 from assay.defenses.undefended import DIGITS as CLASSIFIER
-from assay.defenses.undefended import load_network
-from assay.defenses.variants import check_scale, counted, with_purifier, with_traits, without_handle
+from assay.defenses.variants import (
+    ON_UNET,
+    check_scale,
+    counted,
+    unet_or_taken,
+    with_files,
+    with_purifier,
+    with_traits,
+    without_handle,
+)
+from assay.foreign import OpenSpec
 from assay.noise import Noise
 
-GUIDE = "digits/guide.safetensors"
 LEVEL = 150
 STEPS = 5
 LABEL_SCALE = 20.0
 DISTANCE_SCALE = 1.0
-
-
-class Guide(nn.Module):
-    """c_φ: one pass of a classifier that gives its logits and its penultimate features.
-
-    Args:
-        network: the classifier.
-    """
-
-    def __init__(self, network: DigitsCNN) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`x (n, c, h, w)` in [0, 1] to logits `(n, k)` and features `(n, d)`."""
-        features = self.network.features(x)
-        return self.network.head(features), features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +61,7 @@ class TowardsFeatures(GuidedPurifier):
         temperature: 0 for the defense; above it the label becomes softmax(logits/temperature), for gradients alone.
     """
 
-    guide: nn.Module
+    guide: Guide
     label_scale: float
     distance_scale: float
     temperature: float = 0.0
@@ -125,7 +118,7 @@ CARD = Card(
     ),
     traits=Traits(stochastic=True, purifies=True, iterative=True, inner_gradient=True),
     handles=("stages", "chain", "surrogate", "relaxed", "components"),
-    datasets=("digits",),
+    datasets=tuple(name for name in data_sets(GUIDE, CIFAR10_GUIDE) if name in ON_UNET),
     weights=packaged(DENOISER, CLASSIFIER, GUIDE),
     # The guide on the input, the denoiser in each step, the guide in each but the last, the classifier.
     network_calls=2 * STEPS + 1,
@@ -137,6 +130,7 @@ class RobustGuidance(DiffPure):
     """Purification guided by an adversarially trained network, before a classifier of any kind."""
 
     purifier: TowardsFeatures
+    guide: Guide
 
     def __init__(self, purifier: TowardsFeatures, classifier: nn.Module, n_classes: int, card: Card = CARD) -> None:
         super().__init__(purifier, classifier, n_classes, card)
@@ -151,60 +145,89 @@ class RobustGuidance(DiffPure):
         return {**super().components(), "guide": lambda x, noise: self.guide(x)[0]}
 
 
-def weight_files(dataset: str) -> dict[str, Path]:
-    """The weight files that `load(dataset)` reads."""
-    return {**diffpure.weight_files(dataset), GUIDE: WEIGHTS / GUIDE}
+def weight_files(dataset: str, *, denoiser: str = "", classifier: str = "", guide: str = "") -> dict[str, Path]:
+    """The weight files that `load` reads."""
+    behind = diffpure.weight_files(dataset, denoiser=denoiser, classifier=classifier)
+    return {**behind, **guide_files(guide, dataset)}
 
 
 def load(
     dataset: str,
     *,
+    denoiser: str = "",
+    classifier: str = "",
+    guide: str = "",
     level: int = LEVEL,
     steps: int = STEPS,
     label_scale: float = LABEL_SCALE,
     distance_scale: float = DISTANCE_SCALE,
 ) -> RobustGuidance:
-    """Robust guidance before the undefended classifier.
+    """Robust guidance before a classifier.
 
     Args:
-        dataset: digits, the only one with a guide.
-        level: t*, in levels of the linear schedule.
+        dataset: digits, or cifar10 where its weights are packaged or with a `denoiser` and a `guide`.
+        denoiser: see `assay.defenses.denoiser_sources`; empty for the packaged one.
+        classifier: see `assay.defenses.behind`; empty for the undefended one.
+        guide: a classifier likewise, one that ends in a linear layer; empty for the packaged one.
+        level: t*, in levels of the denoiser's schedule.
         steps: reverse steps; the last one is not guided.
         label_scale: s·a; 0 leaves the label out.
-        distance_scale: s·b; 0 leaves the distance out.
+        distance_scale: s·b, for a distance summed over the guide's features; 0 leaves the distance out.
 
     Raises:
-        InputError: for a number outside its range.
+        InputError: for a denoiser, a classifier or a guide that can't be used, or a number outside its range.
     """
-    denoiser, network = UNetDenoiser(small_unet()), DigitsCNN()
-    load_packaged(denoiser, DENOISER)
-    load_packaged(network, GUIDE)
+    c_phi = take_guide(guide, dataset)
+    network = unet_or_taken(denoiser, dataset, DENOISER)
     purifier = TowardsFeatures(
-        denoiser, level, steps, guide=Guide(network), label_scale=label_scale, distance_scale=distance_scale
+        network, level, steps, guide=c_phi, label_scale=label_scale, distance_scale=distance_scale
     )
-    process = purifier.chain()  # refuses what can't run, before anything does
+    purifier.chain()  # refuses what can't run, before anything does
     card = CARD
-    if (level, steps, label_scale, distance_scale) != (LEVEL, STEPS, LABEL_SCALE, DISTANCE_SCALE):
-        summary = (
-            f"Diffuses the image to t* = {level} of 1000 and takes {counted(steps, 'step')} back, each but the last "
-            "guided by the label and the features that an adversarially trained network finds in the input; then "
-            "classifies with the undefended network."
-        )
-        choices = (
-            CARD.choices[0],
-            f"scales {label_scale:g} and {distance_scale:g}, the distance summed over 1024 penultimate features",
-            CARD.choices[2],
-            f"t* = {level}; {counted(steps, 'ancestral step')} on a respaced grid, the last of which has no variance",
-            *CARD.choices[4:6],
-        )
-        # A single step is the last one: there is no guidance then.
-        guided = with_traits(with_purifier(CARD, process), inner_gradient=steps > 1)
-        card = guided.model_copy(update={"summary": summary, "choices": choices})
-        if steps > 1 and label_scale > 0:
-            card = card.model_copy(update={"choices": (*choices, CARD.choices[6])})
-        else:
-            card = without_handle(card, "relaxed")  # the label does nothing, soft or not
-    return RobustGuidance(purifier, load_network(dataset), describe(dataset).n_classes, card)
+    options = (level, steps, label_scale, distance_scale)
+    if dataset != "digits" or denoiser or classifier or guide or options != (LEVEL, STEPS, LABEL_SCALE, DISTANCE_SCALE):
+        files = weight_files(dataset, denoiser=denoiser, classifier=classifier, guide=guide)
+        card = with_files(_described(purifier, _told(guide, dataset)), files)
+    return RobustGuidance(purifier, take_classifier(classifier, dataset), describe(dataset).n_classes, card)
 
 
-SPEC = DefenseSpec(CARD, load, Path(__file__), weight_files)
+def _told(guide: str, dataset: str) -> str:
+    """What the card says of the guide."""
+    if guide:
+        return "the guide is another classifier, which the option `guide` names"
+    if dataset == "cifar10":
+        return "the guide: a ResNet-18, trained by TRADES (linf 8/255) on images with noise of up to .3 in pixels"
+    return CARD.choices[2]
+
+
+def _described(purifier: TowardsFeatures, guide: str) -> Card:
+    """The card of another guidance."""
+    level, steps, features = purifier.level, purifier.steps, purifier.guide.head.in_features
+    summary = (
+        f"Diffuses the image to t* = {level} of 1000 and takes {counted(steps, 'step')} back, each but the last guided "
+        "by the label and the features that its guide finds in the input; then classifies."
+    )
+    choices = (
+        CARD.choices[0],
+        f"scales {purifier.label_scale:g} and {purifier.distance_scale:g}, the distance summed over {features} "
+        "penultimate features",
+        guide,
+        f"t* = {level}; {counted(steps, 'ancestral step')} on a respaced grid, the last of which has no variance",
+        CARD.choices[4],
+    )
+    # A single step is the last one: there is no guidance then.
+    card = with_traits(with_purifier(CARD, purifier.chain()), inner_gradient=steps > 1)
+    if steps > 1 and purifier.label_scale > 0:
+        return card.model_copy(update={"summary": summary, "choices": (*choices, CARD.choices[6])})
+    # The label does nothing, soft or not.
+    return without_handle(card.model_copy(update={"summary": summary, "choices": choices}), "relaxed")
+
+
+SPEC = OpenSpec(
+    CARD,
+    load,
+    Path(__file__),
+    weight_files,
+    needs=("denoiser", "guide"),
+    code=("denoiser", "classifier", "guide"),
+)

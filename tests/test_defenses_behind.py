@@ -18,7 +18,15 @@ from assay.errors import InputError
 from assay.noise import Noise
 from assay.registry import DEFENSES, resolve_defense
 
-PURIFIERS = ("diffpure", "gdmp", "likelihood_maximisation", "victim_guided", "denoised_smoothing", "adp")
+PURIFIERS = (
+    "diffpure",
+    "gdmp",
+    "likelihood_maximisation",
+    "victim_guided",
+    "robust_guidance",
+    "denoised_smoothing",
+    "adp",
+)
 ROBUST = "digits/adversarial_training.safetensors"
 
 CODE = """

@@ -12,9 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from assay.defenses.checkpoints import load_packaged
+from assay.defenses.guide import DIGITS as GUIDE
+from assay.defenses.guide import Guide
+from assay.defenses.networks import DigitsCNN
 from assay.defenses.purifier import Purifier, posterior
 from assay.defenses.robust_guidance import SPEC, RobustGuidance, TowardsFeatures
+from assay.errors import InputError
 from assay.noise import Noise
+from assay.registry import resolve_defense
 
 checks = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("guided_checks.py"))))
 
@@ -143,9 +149,11 @@ def test_a_cold_relaxation_is_the_defense() -> None:
 
 def test_the_guide_s_features_are_what_its_last_layer_sees(defense: RobustGuidance) -> None:
     logits, features = defense.guide(checks.digits())
-    network = defense.guide.network
-    assert torch.equal(network.head(features), logits)
+    network = DigitsCNN().double()
+    load_packaged(network, GUIDE)
+    assert torch.equal(defense.guide.head(features), logits)
     assert torch.equal(network(checks.digits()), logits)
+    assert torch.equal(network.features(checks.digits()), features)
     assert features.shape == (2, 1024)
 
 
@@ -153,7 +161,7 @@ def test_components_are_the_classifier_and_the_guide(defense: RobustGuidance) ->
     x, noise = checks.digits(), Noise.from_seed(0, 2)
     components = defense.components()
     assert torch.equal(components["classifier"](x, noise), defense.classifier(x))
-    assert torch.equal(components["guide"](x, noise), defense.guide.network(x))
+    assert torch.equal(components["guide"](x, noise), defense.guide(x)[0])
 
 
 def test_replay(defense: RobustGuidance) -> None:
@@ -166,3 +174,70 @@ def test_calls_are_as_declared(defense: RobustGuidance) -> None:
     assert checks.calls(defense, networks, checks.digits(3)) == (card.network_calls, card.gradient_calls)
     assert defense.chain().network_calls == card.network_calls
     assert defense.surrogate(3).network_calls == 7
+
+
+class Odd(nn.Module):
+    """A classifier whose last declared linear layer is not the last that runs."""
+
+    def __init__(self, ends: str = "head") -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 10)
+        self.inner = nn.Linear(64, 12)
+        self.ends = ends
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.inner(x.flatten(1)).relu())
+        return logits.log_softmax(1) if self.ends == "log_softmax" else logits
+
+
+def test_a_guide_is_parted_at_the_linear_layer_that_runs_last() -> None:
+    network = Odd().eval()
+    guide, x = Guide(network, (1, 8, 8)), checks.digits().float()
+    logits, features = guide(x)
+    assert guide.head.in_features == 12
+    assert torch.equal(features, network.inner(x.flatten(1)).relu())
+    assert torch.equal(logits, network(x))
+    # The network that was given stays whole.
+    assert isinstance(network.head, nn.Linear)
+
+
+@pytest.mark.parametrize("network", [Odd("log_softmax"), nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten())])
+def test_a_network_that_ends_otherwise_is_no_guide(network: nn.Module) -> None:
+    with pytest.raises(InputError, match="whose logits come from a linear layer"):
+        Guide(network, (1, 8, 8))
+
+
+def test_another_guide_classifier_and_denoiser(tmp_path: Path) -> None:
+    code = tmp_path / "mine.py"
+    code.write_text(
+        "from assay.defenses.checkpoints import load_packaged\n"
+        "from assay.defenses.networks import DigitsCNN\n"
+        "def robust():\n"
+        "    network = DigitsCNN()\n"
+        "    load_packaged(network, 'digits/adversarial_training.safetensors')\n"
+        "    return network\n"
+    )
+    x, noise = checks.digits().float(), Noise.from_seed(0, 2)
+    spec = resolve_defense("robust_guidance", trust=True)
+    usual, named, coded = (
+        spec.build("digits", options=options)
+        for options in ({}, {"guide": "adversarial_training"}, {"guide": f"{code}:robust"})
+    )
+    assert torch.equal(named(x, noise), coded(x, noise))
+    assert not torch.equal(named(x, noise), usual(x, noise))
+    assert named.card.weights.keys() == spec.files("digits", {"guide": "adversarial_training"}).keys()
+    assert "guide/mine.py" in coded.card.weights
+    # Nothing on the card speaks of the guide that isn't there.
+    assert "TRADES" not in " ".join((named.card.summary, *named.card.choices))
+    assert spec.recorded("digits", {"guide": f"{code}:robust"}) == {"guide": "mine.py:robust"}
+    with pytest.raises(InputError, match=r"no classifier 'adversarial'"):
+        spec.build("digits", options={"guide": "adversarial"})
+
+
+def test_on_cifar10_it_asks_for_what_is_not_packaged() -> None:
+    if "cifar10" in SPEC.card.datasets:
+        pytest.skip("trained weights of CIFAR-10 are packaged")
+    with pytest.raises(InputError, match=r"Give it --option denoiser=…"):
+        SPEC.build("cifar10")
+    with pytest.raises(InputError, match=r"Give it --option guide=…"):
+        SPEC.build("cifar10", options={"denoiser": "x.pth"})

@@ -97,6 +97,7 @@ CHANGES: dict[str, Options] = {
     "smoothing": {"votes": "3", "sigma": ".4", "soft": "true"},
 }
 """Of each defense every option, but those of the networks and of sifting's grid, with another value."""
+UNCHANGED = {"denoiser", "classifier", "guide", "every", "temperature", "bound"}
 BROUGHT = ("gdmp", "likelihood_maximisation", "victim_guided")
 
 
@@ -240,7 +241,7 @@ def test_each_option_changes_the_answer(name: str, option: str, batch: tuple[Ten
 
 def test_the_table_of_changes_has_every_option() -> None:
     for name, changes in CHANGES.items():
-        assert set(DEFENSES[name].options) - {"denoiser", "classifier", "every", "temperature", "bound"} == set(changes)
+        assert set(DEFENSES[name].options) - UNCHANGED == set(changes)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,8 @@ def test_the_table_of_changes_has_every_option() -> None:
         ("robust_guidance", {"label_scale": "-1"}, "label_scale must be at least 0"),
         ("robust_guidance", {"distance_scale": "-1"}, "distance_scale must be at least 0"),
         ("robust_guidance", {"steps": "200"}, "takes 1 to 150 steps, got 200"),
-        ("robust_guidance", {"denoiser": "x"}, "has no option 'denoiser'"),
+        ("robust_guidance", {"guide": "x"}, "no classifier 'x'"),
+        ("smoothing", {"denoiser": "x"}, "has no option 'denoiser'"),
         ("diffusion_classifier", {"weighting": "kl"}, "training or elbo, got 'kl'"),
         ("diffusion_classifier", {"spacing": "even"}, "linear or log, got 'even'"),
         ("diffusion_classifier", {"levels": "0"}, "at least 1 level, got 0.3 to 3.0 with 0"),
@@ -324,7 +326,7 @@ def conditional(unet: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactor
     return write(tmp_path_factory.mktemp("conditional"), {**unet, "class_embedding.weight": 0.05 * embedding}, 10)
 
 
-@pytest.mark.parametrize("name", BROUGHT)
+@pytest.mark.parametrize("name", [*BROUGHT, "robust_guidance"])
 def test_the_packaged_denoiser_can_be_brought(
     name: str, unet: dict[str, Tensor], batch: tuple[Tensor, Noise], tmp_path: Path
 ) -> None:
