@@ -2,10 +2,18 @@
 
     assay run classifier --board cifar10-linf --trust -O architecture=docs/examples/small_cifar10.py:ResNet4b \\
         -O weights=abcrown_resnet4b.pth -O mean=cifar10
+
+A purifier's options `classifier` and `guide` take no weights beside the code, so that code loads its own:
+
+    RESNET4B=abcrown_resnet4b.pth assay run robust_guidance --board cifar10-linf --trust -O denoiser=ffdnet.pth \\
+        -O guide=docs/examples/small_cifar10.py:loaded -O level=100 -O steps=2
 """
 
 from __future__ import annotations
 
+import os
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -94,3 +102,26 @@ class ResNet20(nn.Module):
     @staticmethod
     def _stage(before: int, after: int, stride: int) -> nn.Sequential:
         return nn.Sequential(Basic(before, after, stride), Basic(after, after, 1), Basic(after, after, 1))
+
+
+class Normalised(nn.Module):
+    """A network of normalised images, for images in [0, 1]."""
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `(n, 3, 32, 32)` in [0, 1] to logits `(n, 10)`."""
+        logits: Tensor = self.network((x - self.get_buffer("mean")) / self.get_buffer("std"))
+        return logits
+
+
+def loaded() -> Normalised:
+    """`ResNet4b` with the weights in the file that RESNET4B names."""
+    network = ResNet4b()
+    weights = torch.load(os.environ["RESNET4B"], map_location="cpu", weights_only=True)
+    network.load_state_dict(weights["state_dict"])
+    return Normalised(network, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
