@@ -117,6 +117,7 @@ def render_pages(pages: Iterable[Page], folder: Path) -> Iterator[tuple[str, byt
 
     boards = [(page, [row for t in page.tables if t.profile == "standard" for row in t.group("ranked")])
               for page in site.pages]  # fmt: skip
+    boards.sort(key=lambda board: not board[1])  # stable: those with rows first
     yield render("index.html", "site_index.html.j2", here="boards", boards=boards, scripted=False)
     yield render("defenses/index.html", "site_defenses.html.j2", here="defenses", best=_best(site), scripted=False)
     for page in site.pages:
