@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from platformdirs import user_cache_path
@@ -31,6 +32,17 @@ WHITE = frozenset({"pgd", "apgd", "bpda", "chain", "surrogate", "step-losses", "
 def cache_folder() -> Path:
     """Where measurements that several runs share are kept: `ASSAY_CACHE`, by default the user's own cache."""
     return Path(os.environ.get("ASSAY_CACHE") or user_cache_path("assay"))
+
+
+def machine_key(device: str) -> dict[str, Any]:
+    """Everything but its subject that decides a measurement to the last bit: code, packages, processor, threads."""
+    return {
+        "code": provenance.code_sha256(),
+        "packages": provenance.package_versions(),
+        "machine": provenance.machine(),
+        "device": [device, _model(device)],
+        "threads": provenance.threads(),
+    }
 
 
 def _model(device: str) -> str:
@@ -104,11 +116,7 @@ class Calibration:
                 "board": [board.name, board.dataset, board.revision, board.norm, board.eps, board.draws],
                 "ids": ids_digest(board.ids),
                 "protocol": self.protocol,
-                "code": provenance.code_sha256(),
                 "weights": {name: spec.card.weights for name, spec in held.items()},
-                "packages": provenance.package_versions(),
-                "machine": provenance.machine(),
-                "device": [self.device, _model(self.device)],
-                "threads": provenance.threads(),
+                **machine_key(self.device),
             }
         )

@@ -28,6 +28,7 @@ from assay.rundir import Arrays
 from assay.shortlist import Shortlist
 from assay.target import Calls
 from assay.threat import ThreatModel
+from assay.transferred import transferred
 
 
 class Shard:
@@ -100,15 +101,13 @@ class Shard:
         """An attack's candidates for some rows, inside their budget; its calls; wall seconds."""
         job, n = self.job, len(self.ids)
         target = Target(job.defense, n, white_box=not spec.black_box, on_calls=job.reporter.calls)
-        given = dict(options)
-        if given.get("source") == "board":
-            assert job.source is not None
-            given["source"] = Target(job.source, n)
-        noise = self.noise.child("attack", name)[rows]
-        x, y = self.x[rows], self.y[rows]
+        noise = self.noise.child("attack", name)
         started = time.perf_counter()
         with self._named(f"attack {name}"):
-            x_adv = spec.attack(target, x, y, threat, noise, **given)
+            if options.get("source") == "board":
+                x_adv = transferred(job, spec.attack, options, self.ids, self.x, self.y, noise)[rows]
+            else:
+                x_adv = spec.attack(target, self.x[rows], self.y[rows], threat, noise[rows], **options)
         seconds = time.perf_counter() - started
         # Against the images as they are here: an attack may have moved its own copy of them.
         self._check_budget(name, threat, x_adv, self.x[rows], rows)
