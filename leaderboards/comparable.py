@@ -50,7 +50,9 @@ def why_unranked(record: Record, board: Board) -> tuple[str, ...]:
     elif record.results is None and record.verdict != "failed":
         reasons.append("nothing was measured")
     elif record.results is not None and absent:
-        reasons += [f"missing {name}: {reason}" for name, reason in absent.items()]
+        # What is missing for one reason is named together.
+        together = {why: [name for name, reason in absent.items() if reason == why] for why in absent.values()}
+        reasons += [f"missing {', '.join(names)}: {why}" for why, names in together.items()]
     if not reasons and not record.ranked:
         reasons.append(record.verdict)
     return tuple(reasons)
