@@ -301,6 +301,13 @@ def turned_in_large_batches(self: Digits, x: Tensor, noise: Noise) -> Tensor:
 # A function that gradients can't follow.
 
 
+@rogue("a ripple on the logits, too small to see and too steep to climb over; its gradient is right", "zero_gradients",
+       "finite_difference", health=True)  # fmt: skip
+def steep_ripple(self: Digits, x: Tensor, noise: Noise) -> Tensor:
+    waves = torch.randn(64, 10, generator=torch.Generator().manual_seed(0)).to(x)
+    return self.network(x) + 0.02 * (2000 * (x.flatten(1) @ waves)).sin()
+
+
 @rogue("pixels lose 0.05, and what is below is dead", "saturation", "zero_gradients")
 def dead_zone(self: Digits, x: Tensor, noise: Noise) -> Tensor:
     return self.network((x - 0.05).clamp_min(0) / 0.95)

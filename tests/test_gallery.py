@@ -162,3 +162,20 @@ def test_every_rogue_is_caught_and_no_honest_defense_is_failed(capsys: pytest.Ca
     assert set(missed) <= MISSED
     assert set(alarms) <= ALARMS
     assert verdicts(text) == verdicts(TABLE.read_text())
+
+
+@pytest.mark.slow
+def test_a_ripple_that_no_check_sees_is_flagged_by_what_attacks_miss(tmp_path: Path) -> None:
+    from assay.evaluation import execute
+    from assay.prepare import prepare
+
+    code = tmp_path / "ripple.py"
+    folder = Path(__file__).parent
+    code.write_text(
+        "import runpy\n"
+        f"GALLERY = runpy.run_path({str(folder / 'gallery_rogues_gradients.py')!r})\n"
+        "RIPPLE = next(each for each in GALLERY['ROGUES'] if each.name == 'steep-ripple').build()\n"
+    )
+    record = execute(prepare(f"{code}:RIPPLE", "digits-linf", trust=True), tmp_path / "run")
+    assert record.verdict == "flagged"
+    assert "binarization" in {finding.check for finding in record.findings if finding.status == "flag"}
