@@ -16,7 +16,7 @@ from assay.registry import DEFENSES
 FOLDER = Path(__file__).parents[1] / "leaderboards"
 BOARDS = ("digits-linf", "digits-l2")
 PENDING = {
-    "digits-linf": {"apndc"},
+    "digits-linf": set(),
     "digits-l2": {"adp", "adp_energy", "likelihood_maximisation", "victim_guided"},
 }  # fmt: skip
 """Defenses whose rows are still to be run under the protocol's present digest; exactly these may have none."""
