@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[1] / "leaderboards"
 BOARDS = ("digits-linf", "digits-l2")
 PENDING = {
     "digits-linf": set(),
-    "digits-l2": {"adp", "adp_energy", "likelihood_maximisation", "victim_guided"},
+    "digits-l2": {"adp_energy", "victim_guided"},
 }  # fmt: skip
 """Defenses whose rows are still to be run under the protocol's present digest; exactly these may have none."""
 
