@@ -48,40 +48,45 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}"
 
 
-def standard(board: str, name: str) -> Record:
-    record = read_record(ROOT / "leaderboards" / "records" / board / name / "standard")
-    assert record.protocol.digest == load_protocol(record.protocol.id).digest("standard")
-    return record
+def rows(board: str) -> dict[str, Record]:
+    """The registered defenses' rows under the protocol's present digest. That none is absent is another test's."""
+    folder = ROOT / "leaderboards" / "records" / board
+    digest = load_protocol(load_board(board).protocol).digest("standard")
+    records = {
+        name: read_record(folder / name / "standard") for name in DEFENSES if (folder / name / "standard").is_dir()
+    }
+    return {name: record for name, record in records.items() if record.protocol.digest == digest}
 
 
 @pytest.mark.parametrize("title", BOARDS)
 def test_every_row_of_the_board_is_there_with_its_numbers(title: str) -> None:
     cells = by_name(section(title))
-    names = {name for _, name in cells}
-    assert names == {name for name in DEFENSES if "digits" in DEFENSES[name].card.datasets}
-    for name in names:
-        results = standard(BOARDS[title], name).results
+    records = rows(BOARDS[title])
+    assert {name for _, name in cells} == set(records)
+    for name, record in records.items():
+        results = record.results
         assert results is not None
         assert cells.pop(("clean", name)) == percent(results.clean.value)
         low, high = (percent(bound, 0) for bound in (results.robust.low, results.robust.high))
         assert cells.pop(("robust", name)) == f"{percent(results.robust.value)} [{low}, {high}]"
-        rows = {row for row, column in cells if column == name}
+        shown = {row for row, column in cells if column == name}
         lowest = min(results.attacks, key=lambda attack: results.attacks[attack].value)
-        for row in rows:
+        for row in shown:
             expected = percent(results.attacks[row].value) if row in results.attacks else "–"
             assert cells.pop((row, name)) == (f"**{expected}**" if row == lowest else expected), (row, name)
         # A column that shows attacks shows all of them.
-        assert not rows or set(results.attacks) <= rows
+        assert not shown or set(results.attacks) <= shown
     assert not cells
 
 
 def test_the_certified_table_is_what_the_records_say() -> None:
-    ((_, *rows),) = tables(section("Certified beside attacked"))
-    shown = {row[0].strip("`"): row[1:] for row in rows}
+    ((_, *lines),) = tables(section("Certified beside attacked"))
+    shown = {line[0].strip("`"): line[1:] for line in lines}
     radii = load_board("digits-l2").radii
-    assert set(shown) == {name for name in DEFENSES if DEFENSES[name].card.certificate}
+    halves = {name: record.certification for name, record in rows("digits-l2").items()}
+    assert set(shown) == {name for name, half in halves.items() if half is not None}
     for name, (certificate, *cells) in shown.items():
-        half = standard("digits-l2", name).certification
+        half = halves[name]
         assert half is not None
         assert certificate == half.certificate
         found = [half.radii[radius] for radius in radii]
