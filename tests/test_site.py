@@ -16,6 +16,9 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from markupsafe import Markup, escape
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
@@ -24,6 +27,8 @@ from assay.errors import InputError, IntegrityError
 from assay.finding import Finding
 from assay.leaderboards import site
 from assay.leaderboards.site import MARKER, render_site, write_site
+from assay.leaderboards.site_text import environment
+from assay.leaderboards.text import one_line
 from assay.pictures import MOST, PICTURES, Pictures, choose, of_bundle, read_pictures, write_pictures
 from assay.protocol import PROTOCOLS
 from assay.record import BUNDLE, RECORD, SAMPLES, Record, read_record, write_record
@@ -37,6 +42,10 @@ EPS = Finding(check="eps_curve", value=0.0, status="pass", message="Never rises.
               data={"eps": ["0", "1/10", "2/5"], "accuracy": [1.0, 0.6, 0.0]})  # fmt: skip
 TRAITS = Finding(check="declared_traits", status="pass", message="As declared.",
                  data={"stochastic": {"declared": False, "measured": "no", "value": 0.0}})  # fmt: skip
+
+TEMPLATE = environment().from_string(
+    "{% macro m(text) %}[{{ text }}]{% endmacro %}{{ value }}|{{ m(value) }}|{{ value ~ ', b' }}"
+)
 
 
 @pytest.fixture
@@ -55,6 +64,14 @@ def full(folder: Path) -> Path:
     zoo.write_all(folder)
     zoo.write_certified(folder)
     return folder
+
+
+@given(st.one_of(st.text(), st.text(alphabet="<>&\"' ab\n\u202e"), st.integers(), st.floats(), st.builds(Markup)))
+def test_whatever_a_template_shows_is_escaped_once(value: object) -> None:
+    """Against markupsafe's own escaping, in text, in a macro's argument, and joined to text."""
+    shown = value if isinstance(value, Markup) else escape(one_line(value))
+    text = TEMPLATE.render(value=value)
+    assert text == f"{shown}|[{shown}]|{shown}, b"
 
 
 class Page(HTMLParser):
