@@ -41,7 +41,8 @@ from assay.certificates.selected_smoothing import SelectedSmoothing
 from assay.chain import Chain, State
 from assay.data import describe
 from assay.defense import Defense, DefenseSpec, aggregate
-from assay.defenses.checkpoints import WEIGHTS, load_packaged, packaged
+from assay.defenses.checkpoints import WEIGHTS, data_sets, load_packaged, packaged, read_manifest, trained
+from assay.defenses.networks_cifar10 import SelectedNet
 from assay.defenses.schedule import column
 from assay.defenses.selector import NoiseSelector, VariationalNet
 from assay.defenses.variants import with_files, with_traits, with_votes
@@ -49,6 +50,7 @@ from assay.errors import InputError
 from assay.noise import Noise
 
 DIGITS = "digits/variational_smoothing.safetensors"
+CIFAR10 = "cifar10/selector.safetensors"
 TARGET = 0.5
 """The target level that the selector is told, in pixel units. It settles near half of it."""
 PROBE = 0.1
@@ -56,7 +58,9 @@ PROBE = 0.1
 PROBES = 7
 VOTES = 64
 BOUNDS = (0.22, 0.34)
-"""σ_min and σ_max in pixel units: a little wider than what training images get."""
+"""σ_min and σ_max in pixel units on digits: a little wider than what training images get."""
+SPREADS = 3
+"""On cifar10 the bounds lie so many standard deviations of ln σ, as measured after training, around its median."""
 LEVELS = 4
 RHO = 1e-3
 """With what probability an answer's level may lie outside the certified set of levels."""
@@ -82,8 +86,8 @@ CARD = Card(
     handles=("chain", "relaxed", "components", "votes", "certified"),
     certificate="selected_smoothing",
     votes=Votes(draws=VOTES, how="majority"),
-    datasets=("digits",),
-    weights=packaged(DIGITS),
+    datasets=data_sets(DIGITS, CIFAR10),
+    weights=packaged(*trained(DIGITS, CIFAR10)),
     # One call of the selector a probe, and one of the classifier.
     network_calls=PROBES + 1,
     gradient_calls=PROBES + 1,
@@ -243,7 +247,18 @@ class VariationalSmoothing(Defense):
 
 def weight_files(dataset: str) -> dict[str, Path]:
     """The weight file that `load(dataset)` reads."""
-    return {DIGITS: WEIGHTS / DIGITS}
+    name = CIFAR10 if dataset == "cifar10" else DIGITS
+    return {name: WEIGHTS / name}
+
+
+def own_bounds(dataset: str) -> tuple[float, float]:
+    """σ_min and σ_max of the packaged network, in pixel units, to three figures."""
+    if dataset != "cifar10":
+        return BOUNDS
+    measured = read_manifest()[CIFAR10]["test"]
+    factor = math.exp(SPREADS * measured["spread_of_log_sigma"])
+    low, high = measured["median_sigma"] / factor, measured["median_sigma"] * factor
+    return float(f"{low:.3g}"), float(f"{high:.3g}")
 
 
 def load(
@@ -254,27 +269,31 @@ def load(
     probes: int = PROBES,
     votes: int = VOTES,
     levels: int = LEVELS,
-    sigma_min: float = BOUNDS[0],
-    sigma_max: float = BOUNDS[1],
+    sigma_min: float = 0.0,
+    sigma_max: float = 0.0,
 ) -> VariationalSmoothing:
     """The smoothed classifier and its selector.
 
     Args:
-        dataset: digits.
+        dataset: digits, or cifar10 where its weights are packaged.
         target: the level that the selector is told, in pixel units; it was trained on .1 to 1.
         tau: the selector's noise, in pixel units.
         probes: over how many of them the median is taken; odd.
         votes: draws of the majority.
-        levels: how many noise levels there are from `sigma_min` to `sigma_max`, in pixel units, evenly spaced in ln σ.
+        levels: how many noise levels there are from `sigma_min` to `sigma_max`, evenly spaced in ln σ.
+        sigma_min: the lowest level, in pixel units; 0 for the network's own, .22 on digits.
+        sigma_max: the highest; 0 for the network's own, .34 on digits.
 
     Raises:
         InputError: for a target that isn't positive, an even number of probes, no votes, bounds out of order, or no
             level.
     """
-    network = VariationalNet()
-    load_packaged(network, DIGITS)
+    network = SelectedNet() if dataset == "cifar10" else VariationalNet()
+    load_packaged(network, *weight_files(dataset))
     card = CARD
-    bounds = (sigma_min, sigma_max)
+    low, high = own_bounds(dataset)
+    bounds = (sigma_min or low, sigma_max or high)
+    sigma_min, sigma_max = bounds
     if (target, tau, probes, votes, levels, bounds) != (TARGET, PROBE, PROBES, VOTES, LEVELS, BOUNDS):
         choices = (
             *CARD.choices[:2],

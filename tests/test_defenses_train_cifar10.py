@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -27,7 +28,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from assay.defenses import augment, cifar10_split, conditional, diffpure, fitting_cifar10, train, variants, weight_files
+from assay.defenses import (
+    augment,
+    cifar10_split,
+    conditional,
+    diffpure,
+    fitting_cifar10,
+    train,
+    variants,
+    variational_smoothing,
+    weight_files,
+)
 from assay.defenses.checkpoints import WEIGHTS, load_weights, read_manifest
 from assay.defenses.conditional import LabelledDenoiser
 from assay.defenses.denoiser import ScoreDenoiser, encode
@@ -329,6 +340,29 @@ def test_diffpure_takes_the_trained_model_where_it_is_listed(tmp_path: Path, mon
     defense = diffpure.load("cifar10", level=100, steps=2)
     assert set(defense.card.weights) == set(diffpure.weight_files("cifar10"))
     assert conditional.CIFAR10 in defense.card.weights
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert defense.eval()(x, Noise.from_seed(0, 2)).shape == (2, 10)
+
+
+def test_variational_smoothing_takes_its_levels_from_what_training_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "selector.safetensors"
+    file.write_bytes(b"stands for the weights")
+    test = {"median_sigma": 0.4, "spread_of_log_sigma": 0.1}
+    loaded: list[str] = []
+    monkeypatch.setattr(variational_smoothing, "WEIGHTS", tmp_path.parent)
+    monkeypatch.setattr(variational_smoothing, "CIFAR10", f"{tmp_path.name}/selector.safetensors")
+    monkeypatch.setattr(variational_smoothing, "read_manifest", lambda: {variational_smoothing.CIFAR10: {"test": test}})
+    monkeypatch.setattr(variational_smoothing, "load_packaged", lambda network, name: loaded.append(name))
+    defense = variational_smoothing.load("cifar10", votes=3)
+    assert loaded == [variational_smoothing.CIFAR10]
+    assert defense.levels[0] == pytest.approx(0.4 * math.exp(-0.3), rel=5e-3)
+    assert defense.levels[-1] == pytest.approx(0.4 * math.exp(0.3), rel=5e-3)
+    assert variational_smoothing.load("cifar10", sigma_min=0.1).bounds == (0.1, defense.bounds[1])
+    assert "from 0.296 to 0.54" in " ".join(defense.card.choices)
+    assert set(defense.card.weights) == {variational_smoothing.CIFAR10}
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert defense.eval()(x, Noise.from_seed(0, 2)).shape == (2, 10)
