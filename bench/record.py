@@ -97,8 +97,8 @@ class DefenseRef(Strict):
 
     @property
     def title(self) -> str:
-        """The card's title, with the options that set a row apart from the card's."""
-        return self.with_options(self.card.title)
+        """The card's title, with the options that set a row apart from the card's, unless one of them is its title."""
+        return self.card.title if self.options.get("title") else self.with_options(self.card.title)
 
     def with_options(self, name: str) -> str:
         """`name (denoiser=ffdnet.pth, steps=3)`, or the name alone where there are no options."""

@@ -124,6 +124,8 @@ def load(
     std: str = "",
     resize: int = 0,
     smoke: bool = True,
+    title: str = "",
+    source: str = "",
 ) -> Classifier:
     """A classifier from outside.
 
@@ -138,14 +140,20 @@ def load(
             `cifar10` or `imagenet`. Empty for none.
         resize: the side that images are resized to, such as 224; 0 leaves them as they are.
         smoke: check that it recognises images.
+        title: what tables call it, at most 120 characters, in place of these options.
+        source: the paper or origin, at most 600 characters.
 
     Raises:
-        InputError: see `take_network`.
+        InputError: see `take_network`; for a title or a source that is too long.
     """
+    for what, text, most in (("title", title, 120), ("source", source, 600)):
+        if len(text) > most:
+            raise InputError(f"the {what} has {len(text)} characters, expected at most {most}.")
     network, borrowed = take_network(
         architecture, dataset, weights=weights, key=key, mean=mean, std=std, resize=resize, smoke=smoke
     )
     card = _card(CARD, dataset, borrowed, weight_files(dataset, architecture=architecture, weights=weights))
+    card = card.model_copy(update={"title": title or card.title, "source": source or card.source})
     return Classifier(card, network, data.describe(dataset).n_classes)
 
 

@@ -396,6 +396,21 @@ def test_the_record_holds_code_and_weights_by_digest_and_no_path(code: Path, tmp
     }
     assert found.card.datasets == ("digits",)
     assert str(tmp_path) not in found.model_dump_json()
+    assert found.title.startswith("Classifier (architecture=my_networks.py:make, ")
+
+
+def test_a_title_stands_in_place_of_the_options(code: Path) -> None:
+    text = {"title": "A network of <ours>/theirs", "source": "Someone et al. " + "x" * 500}
+    options = {"architecture": f"{code}:instance", "weights": str(PACKAGED), **text}
+    found = prepare("classifier", "digits-linf", only=("uniform",), trust=True, options=options).defense_ref
+    assert found.title == found.card.title == text["title"]
+    assert found.card.source == text["source"]
+    assert {name: found.options[name] for name in text} == text
+    for name, most in (("title", 120), ("source", 600)):
+        with pytest.raises(InputError, match=f"the {name} has {most + 1} characters"):
+            prepare(
+                "classifier", "digits-linf", only=("uniform",), trust=True, options={**options, name: "x" * (most + 1)}
+            )
 
 
 def test_weight_files_that_are_missing_are_named(code: Path) -> None:
