@@ -3,11 +3,15 @@
 They depend on the board, the seed and that model, and on no defense, so that every row of a board would make the same
 ones again: on CIFAR-10 that takes longer than all other attacks on a small network together. They are made for whole
 shards, whatever stands: the batch decides a result's last bits, and a row must not depend on what was cached.
+Files that nothing has read for 90 days go when another is written: a version of the code that is gone reads none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,8 @@ from assay.noise import Noise
 from assay.record import write_atomically
 
 _LOG = logging.getLogger(__name__)
+KEPT = 90 * 24 * 3600
+"""Seconds that a file is kept after it was last read."""
 
 
 def transferred(
@@ -48,6 +54,7 @@ def transferred(
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, save({"x_adv": made.cpu().contiguous()}))
+        _drop_unread(file.parent)
     except OSError as error:
         _LOG.warning("transferred examples can't be cached in %s: %s", file.parent, error)
     return made
@@ -60,7 +67,20 @@ def _read(file: Path, x: Tensor) -> Tensor | None:
     except (OSError, SafetensorError, KeyError):
         return None
     fits = found.shape == x.shape and found.dtype == x.dtype and bool(torch.isfinite(found).all())
-    return found.to(x.device) if fits else None
+    if not fits:
+        return None
+    with contextlib.suppress(OSError):  # a cache that others share may be read-only
+        os.utime(file)
+    return found.to(x.device)
+
+
+def _drop_unread(folder: Path) -> None:
+    now = time.time()
+    for file in folder.glob("*.safetensors"):
+        # Another process may drop it at the same time.
+        with contextlib.suppress(FileNotFoundError):
+            if now - file.stat().st_mtime > KEPT:
+                file.unlink()
 
 
 def _key(job: Job, options: Mapping[str, Any], ids: tuple[int, ...]) -> str:

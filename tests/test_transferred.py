@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from assay.noise import Noise
 from assay.prepare import Prepared, prepare
 from assay.record import BUNDLE, Record
 from assay.registry import DEFENSES
-from assay.transferred import transferred
+from assay.transferred import KEPT, transferred
 
 Seen = list[int]
 ZOO = Path(__file__).with_name("defense_zoo.py")
@@ -154,6 +156,21 @@ def test_a_file_that_is_no_such_thing_is_made_again(harm: str, ready: Callable[.
         save_file(changed, file)
     assert torch.equal(examples(job), made)
     assert np.array_equal(load_file(file)["x_adv"], made.numpy())
+
+
+def test_what_nothing_read_for_long_goes_when_another_is_written(ready: Callable[..., Prepared], cache: Path) -> None:
+    examples(ready().job)
+    (read,) = cache.glob("*.safetensors")
+    unread, fresh = cache / "unread.safetensors", cache / "fresh.safetensors"
+    for file, age in ((read, 2 * KEPT), (unread, 2 * KEPT), (fresh, 0.5 * KEPT)):
+        file.touch()
+        os.utime(file, (time.time() - age,) * 2)
+    examples(ready().job)  # reading writes nothing, and marks what it read
+    assert unread.is_file()
+    examples(ready(seed=1).job)
+    assert read.is_file()
+    assert fresh.is_file()
+    assert not unread.is_file()
 
 
 def test_where_nothing_can_be_kept_they_are_made_and_that_is_said(
