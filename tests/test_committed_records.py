@@ -15,11 +15,6 @@ from assay.registry import DEFENSES
 
 FOLDER = Path(__file__).parents[1] / "leaderboards"
 BOARDS = ("digits-linf", "digits-l2")
-PENDING = {
-    "digits-linf": set(),
-    "digits-l2": {"adp_energy", "victim_guided"},
-}  # fmt: skip
-"""Defenses whose rows are still to be run under the protocol's present digest; exactly these may have none."""
 
 
 def _rows(name: str) -> dict[str, Record]:
@@ -59,7 +54,7 @@ def test_a_row_is_of_the_weights_that_are_packaged(name: str) -> None:
 @pytest.mark.parametrize("name", BOARDS)
 def test_every_registered_defense_has_its_row(name: str) -> None:
     expected = {each for each in DEFENSES if load_board(name).dataset in DEFENSES[each].card.datasets}
-    assert set(_rows(name)) == expected - PENDING[name]
+    assert set(_rows(name)) == expected
 
 
 @pytest.mark.parametrize("name", BOARDS)
@@ -89,7 +84,7 @@ def test_every_defense_that_certifies_has_certified_columns() -> None:
     """On the digits-l2 board: beside the attacked ones, of the same samples, and no adversarial example refutes one."""
     board = load_board("digits-l2")
     certifying = {name: record for name, record in _rows("digits-l2").items() if record.defense.card.traits.certifies}
-    assert set(certifying) == {name for name in DEFENSES if DEFENSES[name].card.certificate} - PENDING["digits-l2"]
+    assert set(certifying) == {name for name in DEFENSES if DEFENSES[name].card.certificate}
     for name, record in certifying.items():
         half = record.certification
         assert half is not None
