@@ -461,6 +461,22 @@ def test_published_classifiers_have_their_published_accuracy(name: str) -> None:
     print(f"{name}: {right} of 1,000")
 
 
+@pytest.mark.parametrize(
+    ("function", "variable", "name"),
+    [("loaded", "RESNET4B", "abcrown_resnet4b.pth"), ("resnet20", "RESNET20", "akamaster_resnet20-12fca82f.th")],
+)
+def test_code_that_loads_its_own_weights_makes_the_same_classifier(
+    function: str, variable: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, options = published(name)
+    monkeypatch.setenv(variable, options["weights"])
+    given = spec.build("cifar10", options=options)
+    own = spec.build("cifar10", options={"architecture": f"{EXAMPLES}:{function}"})
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(own(x, Noise.from_seed(0, 4)), given(x, Noise.from_seed(0, 4)))
+
+
 @pytest.mark.slow
 def test_a_published_classifier_without_its_normalisation_is_noticed() -> None:
     spec, options = published("abcrown_cifar_cnn_a_adv4.model")

@@ -7,6 +7,8 @@ A purifier's options `classifier` and `guide` take no weights beside the code, s
 
     RESNET4B=abcrown_resnet4b.pth assay run robust_guidance --board cifar10-linf --trust -O denoiser=ffdnet.pth \\
         -O guide=docs/examples/small_cifar10.py:loaded -O level=100 -O steps=2
+
+`RESNET20=… -O classifier=docs/examples/small_cifar10.py:resnet20` is the other one.
 """
 
 from __future__ import annotations
@@ -125,3 +127,11 @@ def loaded() -> Normalised:
     weights = torch.load(os.environ["RESNET4B"], map_location="cpu", weights_only=True)
     network.load_state_dict(weights["state_dict"])
     return Normalised(network, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+
+
+def resnet20() -> Normalised:
+    """`ResNet20` with the weights in the file that RESNET20 names, whose keys begin with `module.`."""
+    network = ResNet20()
+    weights = torch.load(os.environ["RESNET20"], map_location="cpu", weights_only=True)
+    network.load_state_dict({name.removeprefix("module."): value for name, value in weights["state_dict"].items()})
+    return Normalised(network, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
