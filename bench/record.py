@@ -101,8 +101,8 @@ class DefenseRef(Strict):
         return self.card.title if self.options.get("title") else self.with_options(self.card.title)
 
     def with_options(self, name: str) -> str:
-        """`name (denoiser=ffdnet.pth, steps=3)`, or the name alone where there are no options."""
-        given = ", ".join(f"{option}={value}" for option, value in self.options.items())
+        """`name (denoiser=ffdnet.pth, steps=3)`, the name alone where there are no options, or `name (title)`."""
+        given = self.options.get("title") or ", ".join(f"{option}={value}" for option, value in self.options.items())
         return f"{name} ({given})" if given else name
 
     @property
@@ -110,7 +110,9 @@ class DefenseRef(Strict):
         """What folder names of this defense end in: empty without options, otherwise unlike any other options'."""
         if not self.options:
             return ""
-        shown = "+".join(re.sub(r"[^A-Za-z0-9_.=-]+", "-", f"{name}={value}") for name, value in self.options.items())
+        title = self.options.get("title")
+        words = [title] if title else [f"{name}={value}" for name, value in self.options.items()]
+        shown = "+".join(re.sub(r"[^A-Za-z0-9_.=-]+", "-", word) for word in words)
         # Two files of one name are two defenses.
         return f"+{shown[:80]}+{sha256_of_json([self.options, self.weights])[:8]}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import dedent
@@ -404,6 +405,8 @@ def test_a_title_stands_in_place_of_the_options(code: Path) -> None:
     options = {"architecture": f"{code}:instance", "weights": str(PACKAGED), **text}
     found = prepare("classifier", "digits-linf", only=("uniform",), trust=True, options=options).defense_ref
     assert found.title == found.card.title == text["title"]
+    assert found.with_options(found.name) == "classifier (A network of <ours>/theirs)"
+    assert re.fullmatch(r"\+A-network-of-ours-theirs\+[0-9a-f]{8}", found.variant)
     assert found.card.source == text["source"]
     assert {name: found.options[name] for name in text} == text
     for name, most in (("title", 120), ("source", 600)):
