@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from assay.chain import Chain, State, Step, inner_gradient
 from assay.defenses.denoiser import check_sigmas, decode
@@ -61,6 +62,36 @@ def gradient_through(
         return result, gradient
     # The gradient was a constant, so its graph is gone; a value that must be differentiated is made again.
     return (inner(at) if torch.is_grad_enabled() and at.requires_grad else result.detach()), gradient
+
+
+_KINKED = frozenset(
+    ("relu", "leaky_relu", "prelu", "_prelu_kernel", "rrelu_with_noise", "threshold", "clamp_min", "maximum", "minimum",
+     "hardtanh", "hardswish", "hardsigmoid", "max_pool2d", "max_pool2d_with_indices", "adaptive_max_pool2d")
+)  # fmt: skip
+
+
+class _Operations(TorchDispatchMode):
+    """The names of the operations that run within."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func).split(".")[1].removesuffix("_"))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def has_kinks(network: nn.Module, x: Tensor) -> bool:
+    """Whether the gradient of what `network` makes of `x (n, c, h, w)` jumps, as that of a network of ReLUs does.
+
+    A process guided by such a gradient moves in jumps: what autograd gives of it is its slope between two jumps, and
+    not how it changes.
+    """
+    with _Operations() as seen:
+        network(x)
+    return not seen.names.isdisjoint(_KINKED)
 
 
 @dataclass(frozen=True)

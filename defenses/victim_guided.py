@@ -9,6 +9,9 @@ which is `ε̃ = ε − s·√(1−ᾱ_t)·∇_{x_t} log p_f(ŷ | ·)`, and take
 where f is evaluated the abstract does not say; both are options here. The default was chosen by clean
 accuracy, and by accuracy under a short exact attack, on training images, which the weights have seen too. With
 the option `denoiser` it runs on what a user brings, on digits or cifar10.
+
+The packaged victim is smooth. The gradient of a victim of ReLUs jumps wherever one of them turns on, and with it the
+process: a card with such a victim declares that it is not differentiable, which makes further attacks mandatory.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from assay.card import Card, Traits
@@ -26,7 +30,14 @@ from assay.defenses.behind import take_classifier
 from assay.defenses.checkpoints import packaged
 from assay.defenses.denoiser import decode
 from assay.defenses.diffpure import DENOISER, DiffPure, weight_files
-from assay.defenses.guidance import TEMPERATURE, GuidedPurifier, gradient_through, label_log_probability, label_weights
+from assay.defenses.guidance import (
+    TEMPERATURE,
+    GuidedPurifier,
+    gradient_through,
+    has_kinks,
+    label_log_probability,
+    label_weights,
+)
 from assay.defenses.purifier import posterior
 from assay.defenses.undefended import DIGITS as CLASSIFIER
 from assay.defenses.variants import (
@@ -36,6 +47,7 @@ from assay.defenses.variants import (
     unet_or_taken,
     with_files,
     with_purifier,
+    with_traits,
     without_handle,
 )
 from assay.errors import InputError
@@ -196,7 +208,8 @@ def load(
     options = (level, steps, rounds, scale, target, at)
     if dataset != "digits" or denoiser or classifier or options != (LEVEL, STEPS, 1, SCALE, TARGET, AT):
         files = weight_files(dataset, denoiser=denoiser, classifier=classifier)
-        card = with_files(_described(purifier), files)
+        jumps = scale > 0 and has_kinks(victim, torch.zeros(1, *describe(dataset).shape))
+        card = with_traits(with_files(_described(purifier), files), non_differentiable=jumps)
     return VictimGuided(purifier, victim, describe(dataset).n_classes, card)
 
 

@@ -10,12 +10,14 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from assay.defenses.guidance import has_kinks
 from assay.defenses.purifier import Purifier
 from assay.defenses.victim_guided import SPEC, LabelOf, TowardsLabel, VictimGuided, Where
 from assay.errors import InputError
 from assay.noise import Noise
+from assay.registry import resolve_defense
 
 checks = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("guided_checks.py"))))
 
@@ -163,6 +165,30 @@ def test_first_order_keeps_the_gradient_of_the_prediction() -> None:
     plain = checks.gradient(Purifier(checks.mixture(), 300, 3).chain(), x, noise)
     for chain in (guided(0.0).chain(), guided(0.0).chain().first_order()):
         assert torch.allclose(checks.gradient(chain, x, noise), plain, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layer", "jumps"),
+    [(nn.ReLU(), True), (nn.ReLU(inplace=True), True), (nn.LeakyReLU(), True), (nn.PReLU(), True), (nn.ReLU6(), True),
+     (nn.MaxPool2d(2), True), (nn.Hardswish(), True), (nn.SiLU(), False), (nn.GELU(), False), (nn.Softplus(), False),
+     (nn.AvgPool2d(2), False), (nn.BatchNorm2d(4), False)],
+    ids=str,
+)  # fmt: skip
+def test_a_network_with_kinks_is_told_from_a_smooth_one(layer: nn.Module, jumps: bool) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.Flatten(), nn.LazyLinear(5)).eval()
+    assert has_kinks(network, torch.zeros(1, 3, 8, 8)) is jumps
+
+
+@pytest.mark.parametrize(("activation", "scale"), [("ReLU", "1"), ("SiLU", "1"), ("ReLU", "0")])
+def test_a_victim_of_relus_makes_the_process_jump(activation: str, scale: str, tmp_path: Path) -> None:
+    code = tmp_path / "victim.py"
+    code.write_text(
+        "from torch import nn\nfrom assay.registry import DEFENSES\n"
+        f"network = nn.Sequential(DEFENSES['undefended'].build('digits').network, nn.{activation}())\n"
+    )
+    options = {"classifier": f"{code}:network", "scale": scale}
+    defense = resolve_defense("victim_guided", trust=True).build("digits", options=options)
+    assert defense.card.traits.non_differentiable is (activation == "ReLU" and scale == "1")
 
 
 def test_replay(defense: VictimGuided) -> None:
