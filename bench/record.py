@@ -97,12 +97,18 @@ class DefenseRef(Strict):
 
     @property
     def title(self) -> str:
-        """The card's title, with the options that set a row apart from the card's, unless one of them is its title."""
-        return self.card.title if self.options.get("title") else self.with_options(self.card.title)
+        """The card's title, with the options that set a row apart from the card's, unless one of them is that title."""
+        return self.card.title if self._titled else self.with_options(self.card.title)
+
+    @property
+    def _titled(self) -> bool:
+        """Whether an option gave the card its title, which then stands for all of them."""
+        return self.options.get("title") == self.card.title
 
     def with_options(self, name: str) -> str:
         """`name (denoiser=ffdnet.pth, steps=3)`, the name alone where there are no options, or `name (title)`."""
-        given = self.options.get("title") or ", ".join(f"{option}={value}" for option, value in self.options.items())
+        each = (f"{option}={value}" for option, value in self.options.items())
+        given = self.card.title if self._titled else ", ".join(each)
         return f"{name} ({given})" if given else name
 
     @property
@@ -110,8 +116,7 @@ class DefenseRef(Strict):
         """What folder names of this defense end in: empty without options, otherwise unlike any other options'."""
         if not self.options:
             return ""
-        title = self.options.get("title")
-        words = [title] if title else [f"{name}={value}" for name, value in self.options.items()]
+        words = [self.card.title] if self._titled else [f"{name}={value}" for name, value in self.options.items()]
         shown = "+".join(re.sub(r"[^A-Za-z0-9_.=-]+", "-", word) for word in words)
         # Two files of one name are two defenses.
         return f"+{shown[:80]}+{sha256_of_json([self.options, self.weights])[:8]}"

@@ -408,6 +408,12 @@ def test_a_title_stands_in_place_of_the_options(code: Path) -> None:
     assert found.with_options(found.name) == "classifier (A network of <ours>/theirs)"
     assert re.fullmatch(r"\+A-network-of-ours-theirs\+[0-9a-f]{8}", found.variant)
     assert found.card.source == text["source"]
+    # An option of that name which is something else is an option like any other.
+    other = found.model_copy(
+        update={"card": found.card.model_copy(update={"title": "Else"}), "options": {"title": "x"}}
+    )
+    assert other.title == "Else (title=x)"
+    assert other.variant.startswith("+title=x+")
     assert {name: found.options[name] for name in text} == text
     for name, most in (("title", 120), ("source", 600)):
         with pytest.raises(InputError, match=f"the {name} has {most + 1} characters"):
