@@ -7,6 +7,7 @@ doesn't, and every character that a plain LaTeX may not know into its math symbo
 from __future__ import annotations
 
 import re
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -35,6 +36,8 @@ _ACCENTS = {
     "\u0308": '"', "\u030a": "r", "\u030b": "H", "\u030c": "v", "\u0327": "c",
 }  # fmt: skip
 _NOTHING = "--"
+_WIDE = 42
+"""Characters of a defense's title on one line: with these, a table in footnotesize fits the width of an A4 page."""
 
 
 def latex(text: object) -> str:
@@ -98,7 +101,7 @@ def _standard(page: Page) -> Table | None:
 def _line(row: Row) -> list[str]:
     record, results = row.record, row.record.results
     rank = "" if row.rank is None else f"{'=' if row.tied else ''}{row.rank}"
-    cells = [rank, latex(record.defense.title)]
+    cells = [rank, _title(record.defense.title)]
     if results is None or row.known is None:
         cells += [_NOTHING] * 4
     else:
@@ -109,10 +112,18 @@ def _line(row: Row) -> list[str]:
     return [*cells, compact(record.cost.forward + record.cost.backward).replace(" ", "~")]
 
 
+def _title(title: str) -> str:
+    """A title, on several lines where one would be too wide; a word that is longer stays whole."""
+    text = one_line(title)
+    lines = textwrap.wrap(text, _WIDE, break_long_words=False, break_on_hyphens=False) or [""]
+    shown = r" \\ ".join(map(latex, lines))
+    return shown if len(lines) == 1 else rf"\begin{{tabular}}[t]{{@{{}}l@{{}}}}{shown}\end{{tabular}}"
+
+
 def _certified(row: Row, radii: Sequence[str]) -> list[str]:
     found = row.record.certification
     assert found is not None
-    cells = [latex(row.record.defense.title)]
+    cells = [_title(row.record.defense.title)]
     for radius in radii:
         share = found.radii[radius]
         left = f" / {percent(share.attacked.value)}" if share.attacked is not None else ""

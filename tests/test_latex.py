@@ -105,6 +105,22 @@ def test_the_numbers_are_the_tables(texts: dict[str, str]) -> None:
     assert "Unsound" not in texts["balls-certified.tex"]
 
 
+def test_a_long_title_stands_on_several_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROTOCOLS, "test.1", zoo.PROTOCOL)  # type: ignore[misc]
+    zoo.write_board(tmp_path)
+    title = "Two convolutions & no more, adversarially trained (some_network_of_that_kind)"
+    zoo.write(tmp_path, "long", 0.5, title=title)
+    zoo.write(tmp_path, "whole", 0.4, title="a" * 60)
+    text = next(content.decode() for path, content in render(tmp_path).items() if path.name == "board.tex")
+    found = re.search(r"& \\begin\{tabular\}\[t\]\{@\{\}l@\{\}\}(.*?)\\end\{tabular\} &", text)
+    assert found
+    lines = found[1].split(r" \\ ")
+    assert len(lines) == 2
+    assert all(len(line) <= 50 for line in lines)
+    assert " ".join(lines) == latex(title)
+    assert f"& {'a' * 60} &" in text
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex here")
 def test_pdflatex_reads_the_tables(texts: dict[str, str], tmp_path: Path) -> None:
     body = "\n".join(f"\\input{{{name}}}\\par" for name in texts)
