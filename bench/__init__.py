@@ -16,7 +16,7 @@ The project in the order that makes it readable:
 * `assay.checks` and `assay.certificates`: one check a file, and one certificate, or two that share their counts.
 * `assay.attacks`, `assay.defenses`, `assay.leaderboards`: three houses that know only the ground floor.
 
-Importing this package imports no torch. Its three functions for notebooks are imported when they are asked for:
+Importing this package imports no torch. Its functions for notebooks are imported when they are asked for:
 
     import assay
     record = assay.run("diffpure", board="digits-linf", profile="quick")
@@ -26,13 +26,16 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from assay.api import board, load_defense, run
+    from assay.api import board, examples, load_defense, run
     from assay.record import read_record
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "board", "load_defense", "read_record", "run"]
+__all__ = ["__version__", "board", "examples", "load_defense", "read_record", "run"]
 
-_LAZY = {"board": "assay.api", "load_defense": "assay.api", "run": "assay.api", "read_record": "assay.record"}
+_LAZY = {
+    **dict.fromkeys(("board", "examples", "load_defense", "run"), "assay.api"),
+    "read_record": "assay.record",
+}
 
 
 def __getattr__(name: str) -> Any:

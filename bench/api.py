@@ -1,4 +1,4 @@
-"""What the command line does, from Python and in notebooks: `assay.run`, `assay.load_defense`, `assay.board`.
+"""What the command line does, from Python and in notebooks: `assay.run`, `.load_defense`, `.board`, `.examples`.
 
 >>> import assay
 >>> assay.board("digits-linf").threat
@@ -14,17 +14,18 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import PrivateAttr
 
 from assay import boards
 from assay.errors import InputError
 from assay.protocol import ProfileName
-from assay.record import Record
+from assay.record import BUNDLE, Record, read_record
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
     from assay.defense import Defense
 
@@ -138,6 +139,47 @@ def run(
     with Progress(prepared) if progress else nullcontext(Silent()) as found:
         reporter: Reporter = found
         return execute(prepared, default_folder(prepared) if out is None else Path(out), reporter=reporter)
+
+
+class Examples(NamedTuple):
+    """Samples of a record, in the board's order.
+
+    Attributes:
+        ids: sample ids.
+        x: images `(n, c, h, w)` float32 in [0, 1].
+        y: labels `(n,)` int64.
+        x_adv: each one's strongest adversarial example, like `x`; the image itself or a random point of its ball where
+            nothing was stronger.
+    """
+
+    ids: tuple[int, ...]
+    x: Tensor
+    y: Tensor
+    x_adv: Tensor
+
+
+def examples(record: Record | str | Path) -> Examples:
+    """A record's adversarial examples with their images and labels.
+
+    Args:
+        record: that was read from disk, or its `record.json` or folder.
+
+    Raises:
+        InputError: for a record that was not read from disk or measured nothing, or whose data set isn't at hand.
+        IntegrityError: for a file that doesn't match its digest.
+    """
+    from torch import from_numpy
+
+    from assay import data
+    from assay.perturbation import ids_in, strongest
+
+    found = read_record(Path(record), files=True) if isinstance(record, str | Path) else record
+    if found.folder is None or BUNDLE not in found.files:
+        why = "was not read from disk" if BUNDLE in found.files else "measured no samples"
+        raise InputError(f"the record of {found.defense.name} {why}, so it has no {BUNDLE}.")
+    ids = ids_in(found.folder / BUNDLE)
+    x, y = data.load(found.board.dataset, ids)
+    return Examples(tuple(ids), x, y, from_numpy(strongest(found.folder / BUNDLE, ids, x.numpy())))
 
 
 def _texts(options: Mapping[str, Option]) -> dict[str, str]:

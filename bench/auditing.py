@@ -24,11 +24,12 @@ from torch import Tensor
 from assay import data
 from assay.audits import Audit, AuditedBundle, AuditedSample, Signature, lowered, read_audits, write_audit
 from assay.boards import Board, load_board
-from assay.bundles import Bundle, Examined, bundle_bytes, examine, read_bundle
+from assay.bundles import Bundle, Examined, examine, read_bundle
 from assay.card import explain
 from assay.defense import Defense
 from assay.errors import InputError
 from assay.job import FINAL
+from assay.perturbation import bundle_bytes
 from assay.record import RECORD, Record, read_record
 from assay.recount import check_board, check_protocol, check_results, read_samples
 from assay.rescore import count_right, defense_of, discoveries, draws_of, fewer, fresh
@@ -105,7 +106,7 @@ def audit(
     check_board(record, board)
     ids = board.ids[: record.board.n]
     x, y = data.load(board.dataset, ids, device=device)
-    given = read_bundle(bundle, ids=ids, shape=x.shape[1:])
+    given = read_bundle(bundle, ids=ids, x=x.cpu())
     known = _known(record, path, leaderboards, ids, y)
     rows = np.asarray([ids.index(each) for each in given.ids.tolist()], dtype=np.int64)
     found = examine(given.images, x[rows].cpu(), board.threat)
@@ -139,7 +140,8 @@ def audit(
         value_before=before,
         value_after=outcome.after,
     )
-    examples = bundle_bytes([sample.id for sample in samples], given.images[chosen])
+    clean = None if data.describe(board.dataset).shareable else x[rows[chosen]].cpu().numpy()
+    examples = bundle_bytes(given.ids[chosen], given.images[chosen].numpy(), clean)
     file = write_audit(leaderboards, record, written, examples)
     return Outcome(record, outcome.valid, reasons, samples, before, outcome.after, file, said)
 

@@ -1,7 +1,9 @@
 """Bundles: adversarial examples in a file, a record's own or anybody's; what may not be in one is refused here.
 
-A bundle is a safetensors file of two tensors, as a record's `adversarial.safetensors` is one: `id` int64 `(n,)`, the
-sample ids, each once and in any order, and `x_adv` float32 `(n, c, h, w)`, one image for each.
+A bundle is a safetensors file, as a record's `adversarial.safetensors` is one: `id` int64 `(n,)`, the sample ids, each
+once and in any order, and `x_adv` float32 `(n, c, h, w)`, one image for each. Where a data set's images may not be
+passed on, a record holds masked perturbations in their place (`assay.perturbation`): `masked` uint8 `(m,)`, `length`
+int64 `(n,)` and `digest` uint8 `(n, 16)`. Either is read.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 from torch import Tensor
 
 from assay.digest import sha256_of_bytes
 from assay.errors import InputError
 from assay.norms import TOLERANCE, distance, violation
+from assay.perturbation import MASKED, PLAIN, most_bytes, unmasked
 from assay.threat import BOX, ThreatModel
 
-TENSORS = {"id": "I64", "x_adv": "F32"}
+_ID = {"id": "I64"}
 _HEADER = 64 << 10
-"""Bytes that a header may take: two tensors and a few words of metadata need a few hundred."""
+"""Bytes that a header may take: four tensors and a few words of metadata need a few hundred."""
 _BLOCK = 64
 
 
@@ -97,17 +100,18 @@ def read_regular(path: Path, most: int, what: str) -> bytes:
         os.close(handle)
 
 
-def read_bundle(path: Path, *, ids: Sequence[int], shape: Sequence[int]) -> Bundle:
-    """Reads adversarial examples for some of the samples `ids`, whose images have the shape `(c, h, w)`.
+def read_bundle(path: Path, *, ids: Sequence[int], x: Tensor) -> Bundle:
+    """Reads adversarial examples for some of the samples `ids`, whose images are `x (n, c, h, w)`, on the CPU.
 
     Raises:
-        InputError: for a file that is no such bundle, with what is wrong with it; one that is larger than so
-            many images need is refused before anything is read.
+        InputError: for a file that is no such bundle, with what is wrong with it, or is masked by other images than
+            `x`; one that is larger than so many images need is refused before anything is read.
     """
-    most = len(ids) * (8 + 4 * math.prod(shape)) + _HEADER
+    shape = tuple(x.shape[1:])
+    most = len(ids) * (8 + most_bytes(math.prod(shape))) + _HEADER
     content = read_regular(path, most, f"a bundle of {len(ids)} images")
     header = _header(path, content)
-    _check_header(path, header, len(ids), tuple(shape))
+    form = _check_header(path, header, len(ids), shape)
     try:
         tensors = load(content)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -122,14 +126,23 @@ def read_bundle(path: Path, *, ids: Sequence[int], shape: Sequence[int]) -> Bund
             f"{path} has images for {_listed(unknown)}, not among the record's {len(ids)} samples: it was made for "
             f"another board or data set."
         )
-    return Bundle(found, torch.from_numpy(np.array(tensors["x_adv"], dtype=np.float32)), sha256_of_bytes(content))
+    if form is PLAIN:
+        images = np.array(tensors["x_adv"], dtype=np.float32)
+    else:
+        rows = {each: row for row, each in enumerate(ids)}
+        clean = x[[rows[each] for each in found.tolist()]].numpy()
+        try:
+            images = unmasked(clean, tensors, found)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+    return Bundle(found, torch.from_numpy(images), sha256_of_bytes(content))
 
 
 def _header(path: Path, content: bytes) -> dict[str, Any]:
     """What a safetensors file says of its tensors, before any of them is made."""
     size = int.from_bytes(content[:8], "little")
     if len(content) < 8 or size > min(_HEADER, len(content) - 8):
-        raise InputError(f"{path} is not a safetensors file of two tensors: its header can't be read.")
+        raise InputError(f"{path} is not a safetensors file of examples: its header can't be read.")
     try:
         header = json.loads(content[8 : 8 + size], object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -145,24 +158,30 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _check_header(path: Path, header: dict[str, Any], most: int, shape: tuple[int, ...]) -> None:
-    if set(header) != set(TENSORS):
+def _check_header(path: Path, header: dict[str, Any], most: int, shape: tuple[int, ...]) -> Mapping[str, str]:
+    """Which form a bundle has, `PLAIN` or `MASKED`, once its header is one of such a bundle."""
+    form = next((form for form in (PLAIN, MASKED) if set(header) == {*_ID, *form}), None)
+    if form is None:
         names = ", ".join(repr(name[:40]) for name in sorted(header)[:8]) or "none"
-        raise InputError(f"{path} holds the tensors {names}; expected exactly 'id' and 'x_adv'.")
+        raise InputError(
+            f"{path} holds the tensors {names}; expected exactly 'id' and 'x_adv', or those of masked perturbations: "
+            f"'id', 'masked', 'length' and 'digest'."
+        )
     shapes = {}
-    for name, dtype in TENSORS.items():
+    for name, dtype in {**_ID, **form}.items():
         entry = header[name] if isinstance(header[name], dict) else {}
         if entry.get("dtype") != dtype:
             raise InputError(f"{path}: {name} has dtype {str(entry.get('dtype'))[:20]}, expected {dtype}.")
         shapes[name] = entry.get("shape")
     n = shapes["id"][0] if isinstance(shapes["id"], list) and len(shapes["id"]) == 1 else None
-    if not isinstance(n, int) or shapes["x_adv"] != [n, *shape]:
-        raise InputError(
-            f"{path}: id has shape {str(shapes['id'])[:60]} and x_adv {str(shapes['x_adv'])[:60]}; expected [n] and "
-            f"[n, {', '.join(map(str, shape))}]."
-        )
+    fits = {"x_adv": [n, *shape], "length": [n], "digest": [n, 16], "masked": shapes.get("masked")}
+    if not isinstance(n, int) or any(shapes[name] != fits[name] for name in form):
+        named = " and ".join(f"{name} {str(shapes[name])[:60]}" for name in form if name != "masked")
+        images = f"[n, {', '.join(map(str, shape))}]" if form is PLAIN else "[n] and [n, 16]"
+        raise InputError(f"{path}: id has shape {str(shapes['id'])[:60]} and {named}; expected [n] and {images}.")
     if not 1 <= n <= most:
         raise InputError(f"{path} holds {n} images; expected 1 to {most}, the record's samples.")
+    return form
 
 
 def examine(images: Tensor, x: Tensor, threat: ThreatModel) -> Examined:
@@ -198,15 +217,6 @@ def refuse_invalid(what: str, ids: Sequence[int], found: Examined) -> None:
         by = np.nan_to_num(found.excess[wrong], nan=math.inf).max()
         named = _listed(np.asarray(ids)[wrong])
         raise InputError(f"{what}: {named}: {reasons} (by {by:.3g} at most; up to {TOLERANCE:g} is rounding).")
-
-
-def bundle_bytes(ids: Sequence[int], images: Tensor) -> bytes:
-    """A bundle's file: `ids`, and their images `(n, c, h, w)`."""
-    content: bytes = save({
-        "id": np.asarray(ids, dtype=np.int64),
-        "x_adv": np.ascontiguousarray(images.cpu().numpy(), dtype=np.float32),
-    })  # fmt: skip
-    return content
 
 
 def _listed(ids: NDArray[np.int64]) -> str:

@@ -19,6 +19,7 @@ from assay.checks.contradiction import contradiction
 from assay.errors import IntegrityError
 from assay.finding import Finding
 from assay.job import CLEAN, Job
+from assay.perturbation import masked
 from assay.record import COUNTS, Certification, Estimate, RadiusResult, Record, Spending
 from assay.registry import CERTIFICATES
 from assay.rundir import Arrays
@@ -168,17 +169,24 @@ def contradictions(job: Job, arrays: Mapping[str, Any]) -> Finding:
     )
 
 
-def count_bytes(planned: PlannedCertificate, arrays: Mapping[str, Any]) -> bytes:
+def count_bytes(
+    planned: PlannedCertificate, arrays: Mapping[str, Any], clean: NDArray[np.float32] | None = None
+) -> bytes:
     """Raw counts and adversarial examples of the certified half, as safetensors.
 
     `id (n,)`, `label (n,)`, `count/NAME` with n rows each; per radius `RADIUS/attempted`, `/broken`, `/sure`,
-    `/answer`, `/distance` `(n,)`, and `/broken_id`, `/broken_x` of the samples that fell.
+    `/answer`, `/distance` `(n,)`, and `/broken_id`, `/broken_x` of the samples that fell. With the images `clean
+    (n, c, h, w)`, which may not be passed on, `/broken_masked`, `/broken_length` and `/broken_digest` stand in place of
+    `/broken_x` (`assay.perturbation`).
     """
     kept: Arrays = {"id": arrays["id"], "label": arrays["label"]}
     kept |= {f"count/{name}": value for name, value in counts_in(arrays).items()}
     for stage in planned.attacked:
-        for key in ("attempted", "broken", "sure", "answer", "distance", "broken_id", "broken_x"):
+        for key in ("attempted", "broken", "sure", "answer", "distance", "broken_id"):
             kept[f"{stage}/{key}"] = arrays[f"{stage}/{key}"]
+        found = arrays[f"{stage}/broken_x"]
+        shown = {"x": found} if clean is None else masked(found, clean[arrays[f"{stage}/broken"]])
+        kept |= {f"{stage}/broken_{name}": value for name, value in shown.items()}
     content: bytes = save({name: np.ascontiguousarray(value) for name, value in sorted(kept.items())})
     return content
 

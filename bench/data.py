@@ -43,6 +43,8 @@ class Dataset:
         n_ids: sample ids run from 0 to n_ids - 1.
         content_sha256: the digest that the loaded data must have, see `_digits`, `_verified` and
             `_imagenet`.
+        shareable: whether its licence lets anybody pass its images on. Of a data set that doesn't, records keep
+            perturbations in place of adversarial examples (`assay.perturbation`).
     """
 
     name: str
@@ -52,6 +54,7 @@ class Dataset:
     labels: tuple[str, ...]
     n_ids: int
     content_sha256: str
+    shareable: bool = False
 
 
 _DIGITS_SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
@@ -70,6 +73,7 @@ DATASETS = {
         labels=tuple("0123456789"),
         n_ids=1797,
         content_sha256=_DIGITS_SHA256,
+        shareable=True,
     ),
     "cifar10": Dataset(
         name="cifar10",

@@ -8,12 +8,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from assay import __version__, provenance
+import numpy as np
+from numpy.typing import NDArray
+
+from assay import __version__, data, provenance
 from assay.certification import certification, contradictions, count_bytes
 from assay.digest import sha256_of_bytes
 from assay.errors import IntegrityError
 from assay.examination import Examination
 from assay.harness import run_shards
+from assay.job import Job
+from assay.perturbation import bundle_bytes
 from assay.prepare import Prepared
 from assay.protocol import verdict
 from assay.record import (
@@ -29,7 +34,7 @@ from assay.record import (
     write_atomically,
     write_record,
 )
-from assay.reduce import bundle_bytes, join, outcome_of, parquet_bytes, sample_table, summarise, total_cost
+from assay.reduce import join, outcome_of, parquet_bytes, sample_table, summarise, total_cost
 from assay.reporter import Reporter, Silent
 from assay.rundir import RunDir
 
@@ -58,19 +63,26 @@ def execute(prepared: Prepared, out: Path, *, reporter: Reporter | None = None) 
         files: dict[FileName, bytes] = {}
         update: dict[str, Any] = {"cost": total_cost(job, arrays, examination.spent)}
         outcome = None
+        clean = _withheld(job)
         if job.certificate is not None:
             update["certification"] = certification(job.certificate, arrays)
-            files[COUNTS] = count_bytes(job.certificate, arrays)
+            files[COUNTS] = count_bytes(job.certificate, arrays, clean)
         if job.scored:
             if job.certificate is not None:
                 examination.findings["contradiction"] = contradictions(job, arrays)
             table = sample_table(job, arrays)
             outcome = outcome_of(table)
             update["results"] = summarise(job, arrays, update.get("certification"))
-            files |= {SAMPLES: parquet_bytes(table), BUNDLE: bundle_bytes(arrays)}
+            files |= {SAMPLES: parquet_bytes(table), BUNDLE: bundle_bytes(arrays["id"], arrays["adversarial"], clean)}
         update["files"] = {name: sha256_of_bytes(content) for name, content in files.items()}
         record = _record(prepared, examination, started).model_copy(update=update)
         return _write(record.sealed(outcome), out, files)
+
+
+def _withheld(job: Job) -> NDArray[np.float32] | None:
+    """The images `(n, c, h, w)` where their data set's may not be passed on; None where a record may hold them."""
+    dataset = job.board.dataset
+    return None if data.describe(dataset).shareable else data.load(dataset, job.ids)[0].numpy()
 
 
 def _record(prepared: Prepared, examination: Examination, started: str) -> Record:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from assay.errors import InputError, IntegrityError
+from assay.perturbation import strongest
 from assay.record import BUNDLE, Record, write_atomically
 from assay.threat import parse_eps
 
@@ -112,24 +113,6 @@ def read_pictures(folder: Path, record: Record) -> Pictures | None:
     return pictures
 
 
-def read_bundle(folder: Path, record: Record) -> dict[int, Images]:
-    """Each sample's strongest candidate `(c, h, w)`, by id; empty for a record without a bundle.
-
-    Raises:
-        IntegrityError: where the bundle can't be read. Its digest is `assay.record.read_record`'s to check.
-    """
-    if BUNDLE not in record.files:
-        return {}
-    try:
-        with safe_open(folder / BUNDLE, "np") as file:
-            ids, images = file.get_tensor("id"), file.get_tensor("x_adv")
-    except (OSError, SafetensorError) as error:
-        raise IntegrityError(f"{folder / BUNDLE} is not a bundle of adversarial examples: {error}") from error
-    if ids.shape != (len(images),) or images.ndim != 4 or images.dtype != np.float32:
-        raise IntegrityError(f"{folder / BUNDLE}: expected id (n,) and x_adv (n, c, h, w) in float32.")
-    return {int(i): image for i, image in zip(ids, images, strict=True)}
-
-
 def originals(record: Record, ids: Sequence[int]) -> tuple[Images, NDArray[np.int64]] | None:
     """The clean images and labels of sample ids where they are at hand without torch: digits, from scikit-learn.
 
@@ -196,9 +179,13 @@ def _validated(arrays: dict[str, NDArray[Any]]) -> Pictures:
 
 def _compare(pictures: Pictures, record: Record, folder: Path) -> None:
     """Raises where the adversarial images are not the record's own, or not around the clean ones."""
-    bundle = read_bundle(folder, record)
-    for i, image in zip(pictures.ids.tolist(), pictures.adversarial, strict=True):
-        if i not in bundle or not np.array_equal(bundle[i], image):
+    ids = pictures.ids.tolist()
+    try:
+        kept = strongest(folder / BUNDLE, ids, pictures.clean)
+    except InputError as error:
+        raise _Unfit(str(error)) from error
+    for i, image, own in zip(ids, pictures.adversarial, kept, strict=True):
+        if not np.array_equal(own, image):
             raise _Unfit(f"its adversarial example of sample {i} is not the one in {BUNDLE}")
     if not around(pictures.clean, pictures.adversarial, record):
         threat = record.board.threat
@@ -215,13 +202,10 @@ def of_bundle(folder: Path, record: Record, held: Sequence[int], fallen: Sequenc
         InputError: for a sample that the record's bundle doesn't hold.
     """
     ids = [*held, *fallen]
-    bundle, known = read_bundle(folder, record), originals(record, ids)
-    if not ids or not bundle or known is None:
+    known = originals(record, ids)
+    if not ids or BUNDLE not in record.files or known is None:
         return None
-    absent = [i for i in ids if i not in bundle]
-    if absent:
-        raise InputError(f"{folder / BUNDLE} has no sample {absent[0]}.")
-    adversarial = np.stack([bundle[i] for i in ids])
+    adversarial = strongest(folder / BUNDLE, ids, known[0])
     if not around(known[0], adversarial, record):
         return None
     flags = np.array([True] * len(held) + [False] * len(fallen))

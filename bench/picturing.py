@@ -14,7 +14,8 @@ from assay.defense import Defense
 from assay.digest import sha256_of_file
 from assay.errors import AssayError, InputError
 from assay.noise import Noise
-from assay.pictures import Pictures, choose, read_bundle, write_pictures
+from assay.perturbation import strongest
+from assay.pictures import Pictures, choose, write_pictures
 from assay.record import BUNDLE, RECORD, SAMPLES, Record, read_record
 from assay.registry import resolve_defense
 
@@ -59,8 +60,7 @@ def picture(folder: Path, record: Record, *, device: str = "cpu", trust: bool = 
         return None
     defense = at_hand(record, device=device, trust=trust)
     clean, labels = data.load(record.board.dataset, ids, device=device)
-    bundle = read_bundle(folder, record)
-    attacked = torch.from_numpy(np.stack([bundle[i] for i in ids])).to(device)
+    attacked = torch.from_numpy(strongest(folder / BUNDLE, ids, clean.cpu().numpy())).to(device)
     # The same draw for both images of a sample, whatever else is shown.
     noise = Noise.from_seed(record.provenance.seed, rows=len(ids)).child("pictures")
     answers, purified = [], []

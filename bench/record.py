@@ -222,6 +222,11 @@ class Record(Strict):
         return pd.read_parquet(_checked(self, SAMPLES, self._origin.folder), engine="pyarrow")
 
     @property
+    def folder(self) -> Path | None:
+        """Where it was read from; None for one that was made in memory."""
+        return self._origin.folder
+
+    @property
     def place(self) -> PurePosixPath:
         """Where its row lies below `records/` and `audits/`: BOARD/DEFENSE/PROFILE, a `/` of the name as `--`."""
         name = self.defense.card.name.replace("/", "--") + self.defense.variant

@@ -1,4 +1,4 @@
-"""Shards to results: accuracies with intervals, the sample table, and the bundle of adversarial examples."""
+"""Shards to results: accuracies with intervals, and the sample table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
 from assay.certification import estimate, half_of
 from assay.job import CLEAN, FINAL, Job
@@ -136,9 +135,3 @@ def parquet_bytes(table: pd.DataFrame) -> bytes:
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False, engine="pyarrow", compression="zstd")
     return buffer.getvalue()
-
-
-def bundle_bytes(arrays: Arrays) -> bytes:
-    """Each sample's strongest candidate, with its id, as safetensors: `id (n,)`, `x_adv (n, c, h, w)`."""
-    content: bytes = save({"id": arrays["id"], "x_adv": np.ascontiguousarray(arrays["adversarial"])})
-    return content

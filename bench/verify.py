@@ -6,10 +6,10 @@ Its numbers follow from its examples, and only stronger examples say more (`assa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from assay.errors import AssayError, InputError, IntegrityError
 from assay.job import FINAL
 from assay.leaderboards.samples import check_certification
 from assay.norms import TOLERANCE
+from assay.perturbation import MASKED, unmasked
 from assay.record import BUNDLE, COUNTS, RECORD, SAMPLES, Record, read_record
 from assay.recount import check_board, check_protocol, check_results, check_verdict, read_samples
 from assay.rescore import LEVEL, Counts, NotAtHandError, agreement, count_right, defense_of, draws_of, fresh
@@ -154,9 +155,8 @@ class _Verification:
             broken = [self.ids().index(each) for each in kept[f"{stage}/broken_id"].tolist()]
             if broken != np.flatnonzero(kept[f"{stage}/broken"]).tolist():
                 raise IntegrityError(f"{COUNTS}: at radius {radius} the examples are not of the samples that fell.")
-            found = examine(
-                from_numpy(np.array(kept[f"{stage}/broken_x"])), x[broken].cpu(), ThreatModel("l2", parse_eps(radius))
-            )
+            clean = x[broken].cpu()
+            found = examine(_examples(kept, stage, clean), clean, ThreatModel("l2", parse_eps(radius)))
             refuse_invalid(f"{COUNTS} at radius {radius}", [self.ids()[row] for row in broken], found)
             points += len(broken)
         return f"all counts; {points} examples inside their radii"
@@ -165,7 +165,7 @@ class _Verification:
         assert self.board is not None
         assert self.images is not None
         x, _ = self.images
-        bundle = read_bundle(self.folder / BUNDLE, ids=self.ids(), shape=x.shape[1:])
+        bundle = read_bundle(self.folder / BUNDLE, ids=self.ids(), x=x.cpu())
         if bundle.ids.tolist() != list(self.ids()):
             raise IntegrityError(f"{BUNDLE} doesn't hold one image for each sample, in the board's order.")
         found = examine(bundle.images, x.cpu(), self.board.threat)
@@ -266,6 +266,14 @@ def verify_record(
     elif record.results is not None:
         state.items.append(Item("scores", "skipped", "the defense was not asked for"))
     return Report(path, tuple(state.items))
+
+
+def _examples(kept: Mapping[str, NDArray[Any]], stage: str, clean: Tensor) -> Tensor:
+    """The examples of a certified radius, of the images `clean`: as they are kept, or unmasked with them."""
+    if f"{stage}/broken_x" in kept:
+        return from_numpy(np.array(kept[f"{stage}/broken_x"]))
+    hidden = {name: kept[f"{stage}/broken_{name}"] for name in MASKED}
+    return from_numpy(unmasked(clean.numpy(), hidden, kept[f"{stage}/broken_id"]))
 
 
 def _item(name: str, check: Callable[[], str]) -> Item:

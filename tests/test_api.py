@@ -27,7 +27,7 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 def test_the_names_are_there_and_import_nothing_until_they_are_used() -> None:
     code = """
 import sys, assay
-assert {"run", "board", "load_defense", "read_record", "__version__"} <= set(dir(assay))
+assert {"run", "board", "examples", "load_defense", "read_record", "__version__"} <= set(dir(assay))
 assert not {"torch", "pandas", "pydantic"} & set(sys.modules)
 assay.board("digits-linf").table()
 assert "torch" not in sys.modules

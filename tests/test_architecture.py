@@ -38,6 +38,7 @@ MACHINERY = (
     "record",
     "rundir",
     "data",
+    "perturbation",
     "provenance",
     "checks",
 )
@@ -71,7 +72,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "data": ("errors", "digest", "imagenet"),
     "provenance": ("errors", "digest"),
     "audits": (*PLAIN, "boards", "record", "results"),
-    "pictures": (*PLAIN, "boards", "record"),
+    "perturbation": ("errors",),
+    "pictures": (*PLAIN, "boards", "record", "perturbation"),
     # the house that draws the tables
     "leaderboards": (*PLAIN, "finding", "boards", "protocol", "results", "record", "statistics", "audits", "pictures"),
     # the machinery
@@ -162,6 +164,7 @@ TORCH_FREE = (
     "cli_regress",
     "audits",
     "pictures",
+    "perturbation",
     "api",
     "power",
     "regression",

@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 from assay import data, protocol
 from assay.auditing import audit
 from assay.audits import Audit, AuditedSample, lowered, read_audits
-from assay.bundles import bundle_bytes, read_bundle
+from assay.bundles import read_bundle
 from assay.defense import DefenseSpec
 from assay.digest import sha256_of_file, sha256_of_json
 from assay.errors import InputError, IntegrityError
+from assay.perturbation import bundle_bytes
 from assay.record import BUNDLE, RECORD, SAMPLES, read_record
 from assay.registry import DEFENSES
 
@@ -91,7 +92,7 @@ def fall(zoo: ModuleType, samples: tuple[tuple[int, ...], Tensor, Tensor]) -> li
 def given(tmp_path: Path) -> Callable[[Any, Tensor], Path]:
     def write(ids: Any, images: Tensor) -> Path:
         path = tmp_path / "given.safetensors"
-        path.write_bytes(bundle_bytes(ids, images))
+        path.write_bytes(bundle_bytes(np.asarray(ids), images.numpy()))
         return path
 
     return write
@@ -128,7 +129,7 @@ def test_a_deterministic_row_falls_to_what_it_can_be_brought_to(
     assert found.bundle.given_sha256 == sha256_of_file(bundle)
     assert found.value_after == told.after
     # What lies beside the audit is a bundle of its own, of what lowered something.
-    kept = read_bundle(here / place / "001.safetensors", ids=samples[0], shape=(1, 8, 8))
+    kept = read_bundle(here / place / "001.safetensors", ids=samples[0], x=samples[1])
     assert kept.ids.tolist() == broken
     rows = [samples[0].index(each) for each in broken]
     assert torch.equal(kept.images, worst[rows])

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.numpy import save
 
-from assay.bundles import Bundle, bundle_bytes, examine, read_bundle, refuse_invalid
+from assay.bundles import Bundle, examine, read_bundle, refuse_invalid
 from assay.errors import InputError
+from assay.perturbation import bundle_bytes, masked
 from assay.threat import ThreatModel
 
 IDS = (7, 3, 11, 20)
@@ -28,8 +29,12 @@ def content(**changes: np.ndarray | None) -> bytes:
     return bytes(save({name: value for name, value in tensors.items() if value is not None}))
 
 
+def hidden(**changes: np.ndarray | None) -> bytes:
+    return content(**{"x_adv": None, **masked(X.numpy() + np.float32(0.05), X.numpy()), **changes})
+
+
 def read(path: Path) -> Bundle:
-    return read_bundle(path, ids=IDS, shape=SHAPE)
+    return read_bundle(path, ids=IDS, x=X)
 
 
 def with_header(header: object, body: bytes = b"") -> bytes:
@@ -39,17 +44,32 @@ def with_header(header: object, body: bytes = b"") -> bytes:
 
 def test_what_was_written_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "b.safetensors"
-    path.write_bytes(bundle_bytes(IDS, X))
-    found = read(path)
-    assert found.ids.tolist() == list(IDS)
-    assert torch.equal(found.images, X)
-    assert len(found) == 4
+    examples = (X + torch.linspace(-0.1, 0.1, 4)[:, None, None, None]).numpy()
+    for clean in (None, X.numpy()):
+        path.write_bytes(bundle_bytes(np.array(IDS), examples, clean))
+        found = read(path)
+        assert found.ids.tolist() == list(IDS)
+        assert torch.equal(found.images, torch.from_numpy(examples))
+        assert len(found) == 4
 
 
 def test_a_part_of_the_samples_in_any_order_will_do(tmp_path: Path) -> None:
     path = tmp_path / "b.safetensors"
-    path.write_bytes(bundle_bytes([20, 7], X[:2]))
-    assert read(path).ids.tolist() == [20, 7]
+    examples = X[[3, 0]].numpy() + np.float32(0.05)
+    for clean in (None, X[[3, 0]].numpy()):
+        path.write_bytes(bundle_bytes(np.array([20, 7]), examples, clean))
+        found = read(path)
+        assert found.ids.tolist() == [20, 7]
+        np.testing.assert_array_equal(found.images, examples)
+
+
+def test_perturbations_of_other_images_are_refused_with_the_samples(tmp_path: Path) -> None:
+    path = tmp_path / "b.safetensors"
+    other = X.clone()
+    other[2, 0, 1, 1] += 1e-7
+    path.write_bytes(bundle_bytes(np.array(IDS), X.numpy() + np.float32(0.05), other.numpy()))
+    with pytest.raises(InputError, match=r"b\.safetensors: .*1 of 4 samples \(11\) can't be unmasked"):
+        read(path)
 
 
 F64 = {"dtype": "F64", "shape": [4, *SHAPE], "data_offsets": [32, 544]}
@@ -66,6 +86,15 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "no images": (lambda: content(x_adv=None), "expected exactly 'id' and 'x_adv'"),
     "no ids": (lambda: content(id=None), "expected exactly 'id' and 'x_adv'"),
     "another tensor": (lambda: content(weights=np.zeros(3)), "expected exactly 'id' and 'x_adv'"),
+    "images and perturbations": (lambda: content(**masked(X.numpy(), X.numpy())), "expected exactly 'id' and"),
+    "no digests": (lambda: hidden(digest=None), "'masked', 'length' and 'digest'"),
+    "masks of another dtype": (lambda: hidden(masked=np.zeros(9)), "masked has dtype F64, expected U8"),
+    "digests of another length": (
+        lambda: hidden(digest=np.zeros((4, 8), np.uint8)), "digest [4, 8]; expected [n] and [n] and [n, 16]",
+    ),
+    "fewer lengths than ids": (lambda: hidden(length=np.zeros(3, np.int64)), "length [3] and digest [4, 16]; expected"),
+    "lengths of other bytes": (lambda: hidden(length=np.full(4, 7)), "are not as long as is said of them"),
+    "masks of other images": (lambda: hidden(**masked(X.numpy(), X.numpy() / 2)), "4 of 4 samples (7, 3, 11, 20)"),
     "a tensor that is no object": (lambda: with_header({"id": 3, "x_adv": F64}), "id has dtype None"),
     "ids of another dtype": (lambda: content(id=np.asarray(IDS, dtype=np.int32)), "id has dtype I32, expected I64"),
     "images of another dtype": (lambda: content(x_adv=X.double().numpy()), "x_adv has dtype F64, expected F32"),
@@ -109,7 +138,7 @@ def test_a_huge_file_is_refused_without_being_read(tmp_path: Path) -> None:
     path = tmp_path / "b.safetensors"
     with path.open("wb") as file:
         file.truncate(1 << 40)  # sparse: it takes no room
-    with pytest.raises(InputError, match="1099511627776 bytes, a bundle of 4 images at most 65824"):
+    with pytest.raises(InputError, match="1099511627776 bytes, a bundle of 4 images at most 66176"):
         read(path)
 
 
