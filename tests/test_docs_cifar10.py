@@ -9,7 +9,7 @@ from assay.results import Estimate
 
 ROOT = Path(__file__).parents[1]
 ATTACKS = {"APGD-CE": "apgd-ce", "AutoAttack": "autoattack", "BPDA": "bpda", "DiffHammer": "diffhammer",
-           "through the chain": "through_chain"}  # fmt: skip
+           "through the chain": "through_chain", "first order": "first-order"}  # fmt: skip
 
 
 def estimate(found: Estimate) -> str:
@@ -51,6 +51,9 @@ def expected(record: Record, headings: list[str]) -> dict[str, str]:
     }
     for heading, attack in ATTACKS.items():
         said[heading] = f"{100 * results.attacks[attack].value:.1f}" if attack in results.attacks else "–"
+    for radius, found in record.certification.radii.items() if record.certification else ():
+        assert found.attacked is not None
+        said[f"r = {radius}"] = f"{100 * found.value:.1f} / {100 * found.attacked.value:.1f}"
     return {heading: said[heading] for heading in headings}
 
 
