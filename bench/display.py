@@ -29,7 +29,7 @@ console = Console(highlight=False)
 _COLOURS = {"verified": "green", "flagged": "yellow", "failed": "red", "incomplete": "magenta"}
 _MEANING = {
     "verified": "every mandatory attack ran and no check objected",
-    "flagged": "ranked, with the findings below shown beside the row",
+    "flagged": "every mandatory attack ran, but a check objected; the findings below stand beside the row",
     "failed": "the defense breaks the rules; not ranked",
     "incomplete": "a mandatory part is missing; not ranked",
 }

@@ -54,7 +54,7 @@ FAMILY_MEANING: dict[Family, str] = {
 }
 VERDICT_MEANING: dict[Verdict, str] = {
     "verified": "every mandatory attack ran and no check objected",
-    "flagged": "ranked, but a check objected; the findings stand below the table",
+    "flagged": "every mandatory attack ran, but a check objected; the findings stand below the table",
     "failed": "the defense broke a rule of the protocol; not ranked",
     "incomplete": "a mandatory part is missing; not ranked",
 }

@@ -31,7 +31,7 @@ BAR = 120
 MISSING = Markup('<span class="muted" aria-label="missing">–</span>')
 VERDICT_MEANING: dict[Verdict, str] = {
     "verified": "every mandatory attack ran and no check objected",
-    "flagged": "ranked, but a check objected; what it found is told in words",
+    "flagged": "every mandatory attack ran, but a check objected; what it found is told in words",
     "failed": "the defense broke a rule of the protocol; not ranked",
     "incomplete": "a mandatory part is missing; not ranked",
 }
