@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from assay.chain import Chain, State, Step, inner_gradient
@@ -83,7 +83,7 @@ class _Operations(TorchDispatchMode):
 
 
 @torch.no_grad()
-def has_kinks(network: nn.Module, x: Tensor) -> bool:
+def has_kinks(network: Callable[[Tensor], Tensor], x: Tensor) -> bool:
     """Whether the gradient of what `network` makes of `x (n, c, h, w)` jumps, as that of a network of ReLUs does.
 
     A process guided by such a gradient moves in jumps: what autograd gives of it is its slope between two jumps, and

@@ -27,9 +27,10 @@ from assay.defenses.behind import take_classifier
 from assay.defenses.checkpoints import packaged
 from assay.defenses.denoiser import Denoiser, check_sigmas, decode, encode
 from assay.defenses.diffpure import DENOISER, DiffPure, weight_files
+from assay.defenses.guidance import has_kinks
 from assay.defenses.schedule import column
 from assay.defenses.undefended import DIGITS as CLASSIFIER
-from assay.defenses.variants import ON_UNET, counted, unet_or_taken, with_files, with_purifier
+from assay.defenses.variants import ON_UNET, counted, unet_or_taken, with_files, with_purifier, with_traits
 from assay.errors import InputError
 from assay.foreign import OpenSpec
 from assay.noise import Noise
@@ -168,8 +169,11 @@ def load(
     options = (steps, step_size, radius, lowest, highest)
     if dataset != "digits" or denoiser or classifier or options != (STEPS, STEP_SIZE, RADIUS, *SIGMAS):
         taken = counted(steps, "gradient step")
+        # A step follows the gradient of the denoiser's error, which jumps where the denoiser is made of ReLUs.
+        image = torch.zeros(1, *describe(dataset).shape)
+        jumps = has_kinks(lambda z: network.denoise(z, lowest), image)
         card = with_files(
-            with_purifier(CARD, process),
+            with_traits(with_purifier(CARD, process), non_differentiable=jumps),
             weight_files(dataset, denoiser=denoiser, classifier=classifier),
             summary=f"Takes {taken} down the diffusion loss, at most {radius:g} (linf) away, then classifies.",
             choices=(

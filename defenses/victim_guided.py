@@ -125,6 +125,12 @@ class TowardsLabel(GuidedPurifier):
         weights = kept[0] if kept else label_weights(self.victim(decode(x_0)), self.temperature)
         return x_0, inner_gradient(lambda point: label_log_probability(self.victim(decode(point)), weights), z)
 
+    def guide(self, z: Tensor) -> Tensor:
+        """The victim's logits whose gradient with respect to `z` guides the first step."""
+        at = z if self.at == "x_t" else self.denoiser.denoise(z, self.sigmas[0])
+        logits: Tensor = self.victim(decode(at))
+        return logits
+
     def log_p(self, logits: Tensor, weights: Tensor | None = None) -> Tensor:
         """The label's log-probability `(n,)`; without weights, that of the logits' own label, the largest.
 
@@ -208,7 +214,7 @@ def load(
     options = (level, steps, rounds, scale, target, at)
     if dataset != "digits" or denoiser or classifier or options != (LEVEL, STEPS, 1, SCALE, TARGET, AT):
         files = weight_files(dataset, denoiser=denoiser, classifier=classifier)
-        jumps = scale > 0 and has_kinks(victim, torch.zeros(1, *describe(dataset).shape))
+        jumps = scale > 0 and has_kinks(purifier.guide, torch.zeros(1, *describe(dataset).shape))
         card = with_traits(with_files(_described(purifier), files), non_differentiable=jumps)
     return VictimGuided(purifier, victim, describe(dataset).n_classes, card)
 

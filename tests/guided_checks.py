@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -114,3 +116,27 @@ def calls(defense: Defense, networks: list[nn.Module], x: Tensor) -> tuple[float
 def _value(output: Tensor) -> Tensor:
     weights = torch.linspace(-1, 1, output[0].numel(), dtype=output.dtype).reshape(output.shape[1:])
     return (output * weights).sum() + 0.5 * output.square().mean()
+
+
+def write_denoiser(folder: Path, activation: str) -> str:
+    """A value for the option `denoiser`: a file that makes the packaged one with an activation behind it."""
+    file = folder / "my_denoiser.py"
+    file.write_text(f"""
+import torch
+from torch import nn
+from assay.defenses.denoiser import Denoiser
+from assay.registry import DEFENSES
+
+class Mine(Denoiser):
+    def __init__(self, inner):
+        super().__init__(inner.schedule, inner.sigma_range)
+        self.inner, self.last = inner, nn.{activation}()
+
+    def denoise(self, x, sigma):
+        # Within the box of images this changes little, whatever the activation.
+        return self.last(self.inner.denoise(x, sigma) + 8) - 8
+
+def make():
+    return Mine(DEFENSES["diffpure"].build("digits").denoiser)
+""")
+    return f"{file}:make"

@@ -14,6 +14,7 @@ from assay.defenses.diffpure import DiffPure
 from assay.defenses.likelihood_maximisation import SPEC, LikelihoodMaximiser
 from assay.errors import InputError
 from assay.noise import Noise
+from assay.registry import resolve_defense
 
 checks = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("guided_checks.py"))))
 
@@ -121,6 +122,18 @@ def test_the_gradient_on_a_mixture() -> None:
 def test_the_gradient_on_digits(defense: DiffPure) -> None:
     checks.check_gradient(defense.chain(), checks.digits(), step=1e-7)
     checks.check_second_order(defense.chain(), checks.digits())
+
+
+@pytest.mark.parametrize(("activation", "jumps"), [("ReLU", True), ("SiLU", False)])
+def test_a_denoiser_of_relus_makes_the_process_jump(activation: str, jumps: bool, tmp_path: Path) -> None:
+    options = {"denoiser": checks.write_denoiser(tmp_path, activation)}
+    defense = resolve_defense("likelihood_maximisation", trust=True).build("digits", options=options)
+    assert defense.card.traits.non_differentiable is jumps
+
+
+def test_the_packaged_denoiser_is_smooth() -> None:
+    defense = resolve_defense("likelihood_maximisation").build("digits", options={"steps": "2"})
+    assert not defense.card.traits.non_differentiable
 
 
 def test_replay(defense: DiffPure) -> None:

@@ -191,6 +191,13 @@ def test_a_victim_of_relus_makes_the_process_jump(activation: str, scale: str, t
     assert defense.card.traits.non_differentiable is (activation == "ReLU" and scale == "1")
 
 
+@pytest.mark.parametrize(("at", "jumps"), [("x0hat", True), ("x_t", False)])
+def test_a_denoiser_of_relus_makes_it_jump_where_the_gradient_passes(at: str, jumps: bool, tmp_path: Path) -> None:
+    options = {"denoiser": checks.write_denoiser(tmp_path, "ReLU"), "at": at}
+    defense = resolve_defense("victim_guided", trust=True).build("digits", options=options)
+    assert defense.card.traits.non_differentiable is jumps
+
+
 def test_replay(defense: VictimGuided) -> None:
     checks.check_replay(defense, checks.digits())
 
