@@ -464,3 +464,17 @@ def test_a_foreign_module_draws_from_the_noise_and_leaves_the_generator_alone() 
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(defense(x, noise), first)
     assert not torch.equal(defense(x, noise.child("other")), first)
+
+
+def test_a_defense_is_never_asked_about_no_image() -> None:
+    """Much code reshapes to `(n, -1)`, which nobody can do to an empty batch."""
+    defense = Made(lambda x, noise: plain(x.reshape(x.size(0), -1), noise))
+    x, y, noise = batch(4)
+    target = Target(defense, 4)
+    leaf = x[:0].clone().requires_grad_()
+    graph = target.forward_graph(leaf, noise[:0])
+    assert target.answer(x[:0], noise[:0]).shape == (0, 1, 3)
+    assert target.gradient(x[:0], (y[:0],), cross_entropy, noise[:0]).gradient.shape == (0, 3, 2, 2)
+    assert graph.shape == (0, 3)
+    assert torch.autograd.grad(graph.sum(), leaf)[0].shape == (0, 3, 2, 2)
+    assert defense.sizes == []

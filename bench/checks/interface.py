@@ -9,7 +9,9 @@ from assay.finding import Finding
 
 
 def check(subject: Subject) -> Finding:
-    """Calls the defense on the whole batch, on one image and on none.
+    """Calls the defense on the whole batch and on one image.
+
+    Nobody asks a defense about no image: much published code cannot tell how many features an empty batch has.
 
     Fails for fewer classes than the labels have, an exception, a wrong shape or dtype, a value that is not
     finite, or images changed in place: nothing later could tell such an answer from robustness. Costs n + 1
@@ -21,7 +23,7 @@ def check(subject: Subject) -> Finding:
         labels = f"it declares {k} classes, and there are labels up to {int(subject.y.max())}"
         return _failed(labels, subject.ids_of(beyond))
     images = subject.x.clone()
-    for rows in (slice(None), slice(0, 1), slice(0, 0)):
+    for rows in (slice(None), slice(0, 1)):
         expected = (len(subject.x[rows]), k)
         ids = tuple(subject.ids[rows])
         try:
