@@ -1,4 +1,4 @@
-"""`interface`: logits `(n, k)`, finite, floating point, for any batch size; the images are left as they were."""
+"""`interface`: logits `(n, k)`, finite, floating point, for many images and for one, which stay as they were."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check(subject: Subject) -> Finding:
     if bool(changed.any()):
         subject.x.copy_(images)
         return _failed("it changes its input in place", subject.ids_of(changed))
-    return Finding(check="interface", status="pass", message="Logits (n, k), finite, for any batch size.")
+    return Finding(check="interface", status="pass", message="Logits (n, k), finite, for many images and for one.")
 
 
 def _failed(what: str, ids: tuple[int, ...]) -> Finding:
