@@ -165,7 +165,8 @@ def examples(record: Record | str | Path) -> Examples:
         record: that was read from disk, or its `record.json` or folder.
 
     Raises:
-        InputError: for a record that was not read from disk or measured nothing, or whose data set isn't at hand.
+        InputError: for a record that was not read from disk or measured nothing, or whose data set isn't at hand or
+            has other images here.
         IntegrityError: for a file that doesn't match its digest.
     """
     from torch import from_numpy
@@ -173,13 +174,13 @@ def examples(record: Record | str | Path) -> Examples:
     from assay import data
     from assay.perturbation import ids_in, strongest
 
-    found = read_record(Path(record), files=True) if isinstance(record, str | Path) else record
-    if found.folder is None or BUNDLE not in found.files:
-        why = "was not read from disk" if BUNDLE in found.files else "measured no samples"
-        raise InputError(f"the record of {found.defense.name} {why}, so it has no {BUNDLE}.")
-    ids = ids_in(found.folder / BUNDLE)
-    x, y = data.load(found.board.dataset, ids)
-    return Examples(tuple(ids), x, y, from_numpy(strongest(found.folder / BUNDLE, ids, x.numpy())))
+    found = read_record(Path(record)) if isinstance(record, str | Path) else record
+    board, path = found.board, found.file(BUNDLE)
+    if board.revision != data.describe(board.dataset).revision:
+        raise InputError(f"the record is of {board.dataset} {board.revision}; this version reads another revision.")
+    ids = ids_in(path)
+    x, y = data.load(board.dataset, ids)
+    return Examples(tuple(ids), x, y, from_numpy(strongest(path, ids, lambda _: x.numpy())))
 
 
 def _texts(options: Mapping[str, Option]) -> dict[str, str]:

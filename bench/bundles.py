@@ -2,8 +2,8 @@
 
 A bundle is a safetensors file, as a record's `adversarial.safetensors` is one: `id` int64 `(n,)`, the sample ids, each
 once and in any order, and `x_adv` float32 `(n, c, h, w)`, one image for each. Where a data set's images may not be
-passed on, a record holds masked perturbations in their place (`assay.perturbation`): `masked` uint8 `(m,)`, `length`
-int64 `(n,)` and `digest` uint8 `(n, 16)`. Either is read.
+passed on, a record holds masked perturbations in their place (`assay.perturbation`): `masked` uint8 `(m,)` and `digest`
+uint8 `(32,)`. Either is read.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch import Tensor
 from assay.digest import sha256_of_bytes
 from assay.errors import InputError
 from assay.norms import TOLERANCE, distance, violation
-from assay.perturbation import MASKED, PLAIN, most_bytes, unmasked
+from assay.perturbation import DIGEST, MASKED, PLAIN, most_bytes, unmasked
 from assay.threat import BOX, ThreatModel
 
 _ID = {"id": "I64"}
 _HEADER = 64 << 10
-"""Bytes that a header may take: four tensors and a few words of metadata need a few hundred."""
+"""Bytes that a header may take: three tensors and a few words of metadata need a few hundred."""
 _BLOCK = 64
 
 
@@ -43,11 +43,13 @@ class Bundle:
     Attributes:
         ids: `(n,)` int64, each once.
         images: `(n, c, h, w)` float32. Nothing is said of their values: see `examine`.
+        masked: whether the file holds perturbations, not images.
         sha256: of the file.
     """
 
     ids: NDArray[np.int64]
     images: Tensor
+    masked: bool
     sha256: str
 
     def __len__(self) -> int:
@@ -108,7 +110,7 @@ def read_bundle(path: Path, *, ids: Sequence[int], x: Tensor) -> Bundle:
             `x`; one that is larger than so many images need is refused before anything is read.
     """
     shape = tuple(x.shape[1:])
-    most = len(ids) * (8 + most_bytes(math.prod(shape))) + _HEADER
+    most = 8 * len(ids) + most_bytes(len(ids) * math.prod(shape)) + _HEADER
     content = read_regular(path, most, f"a bundle of {len(ids)} images")
     header = _header(path, content)
     form = _check_header(path, header, len(ids), shape)
@@ -132,10 +134,10 @@ def read_bundle(path: Path, *, ids: Sequence[int], x: Tensor) -> Bundle:
         rows = {each: row for row, each in enumerate(ids)}
         clean = x[[rows[each] for each in found.tolist()]].numpy()
         try:
-            images = unmasked(clean, tensors, found)
+            images = unmasked(clean, tensors)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-    return Bundle(found, torch.from_numpy(images), sha256_of_bytes(content))
+    return Bundle(found, torch.from_numpy(images), form is MASKED, sha256_of_bytes(content))
 
 
 def _header(path: Path, content: bytes) -> dict[str, Any]:
@@ -165,7 +167,7 @@ def _check_header(path: Path, header: dict[str, Any], most: int, shape: tuple[in
         names = ", ".join(repr(name[:40]) for name in sorted(header)[:8]) or "none"
         raise InputError(
             f"{path} holds the tensors {names}; expected exactly 'id' and 'x_adv', or those of masked perturbations: "
-            f"'id', 'masked', 'length' and 'digest'."
+            f"'id', 'masked' and 'digest'."
         )
     shapes = {}
     for name, dtype in {**_ID, **form}.items():
@@ -174,11 +176,14 @@ def _check_header(path: Path, header: dict[str, Any], most: int, shape: tuple[in
             raise InputError(f"{path}: {name} has dtype {str(entry.get('dtype'))[:20]}, expected {dtype}.")
         shapes[name] = entry.get("shape")
     n = shapes["id"][0] if isinstance(shapes["id"], list) and len(shapes["id"]) == 1 else None
-    fits = {"x_adv": [n, *shape], "length": [n], "digest": [n, 16], "masked": shapes.get("masked")}
+    fits = {"x_adv": [n, *shape], "digest": [DIGEST]}
+    if form is MASKED:
+        bytes_ = shapes["masked"]
+        fits["masked"] = bytes_ if isinstance(bytes_, list) and len(bytes_) == 1 else ["m"]
     if not isinstance(n, int) or any(shapes[name] != fits[name] for name in form):
-        named = " and ".join(f"{name} {str(shapes[name])[:60]}" for name in form if name != "masked")
-        images = f"[n, {', '.join(map(str, shape))}]" if form is PLAIN else "[n] and [n, 16]"
-        raise InputError(f"{path}: id has shape {str(shapes['id'])[:60]} and {named}; expected [n] and {images}.")
+        named = ", ".join(f"{name} {str(shapes[name])[:60]}" for name in form)
+        expected = f"[n, {', '.join(map(str, shape))}]" if form is PLAIN else f"[m] and [{DIGEST}]"
+        raise InputError(f"{path}: id has shape {str(shapes['id'])[:60]} and {named}; expected [n] and {expected}.")
     if not 1 <= n <= most:
         raise InputError(f"{path} holds {n} images; expected 1 to {most}, the record's samples.")
     return form

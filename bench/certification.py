@@ -19,7 +19,7 @@ from assay.checks.contradiction import contradiction
 from assay.errors import IntegrityError
 from assay.finding import Finding
 from assay.job import CLEAN, Job
-from assay.perturbation import masked
+from assay.perturbation import MASKED, masked, unmasked
 from assay.record import COUNTS, Certification, Estimate, RadiusResult, Record, Spending
 from assay.registry import CERTIFICATES
 from assay.rundir import Arrays
@@ -176,8 +176,8 @@ def count_bytes(
 
     `id (n,)`, `label (n,)`, `count/NAME` with n rows each; per radius `RADIUS/attempted`, `/broken`, `/sure`,
     `/answer`, `/distance` `(n,)`, and `/broken_id`, `/broken_x` of the samples that fell. With the images `clean
-    (n, c, h, w)`, which may not be passed on, `/broken_masked`, `/broken_length` and `/broken_digest` stand in place of
-    `/broken_x` (`assay.perturbation`).
+    (n, c, h, w)`, which may not be passed on, `/broken_masked` and `/broken_digest` stand in place of `/broken_x`
+    (`assay.perturbation`).
     """
     kept: Arrays = {"id": arrays["id"], "label": arrays["label"]}
     kept |= {f"count/{name}": value for name, value in counts_in(arrays).items()}
@@ -189,6 +189,22 @@ def count_bytes(
         kept |= {f"{stage}/broken_{name}": value for name, value in shown.items()}
     content: bytes = save({name: np.ascontiguousarray(value) for name, value in sorted(kept.items())})
     return content
+
+
+def broken_examples(
+    kept: Mapping[str, NDArray[Any]], stage: str, clean: NDArray[np.float32], *, shareable: bool
+) -> NDArray[np.float32]:
+    """The examples `(m, c, h, w)` of a radius that `count_bytes` kept, of the images `clean`, which may be `shareable`.
+
+    Raises:
+        IntegrityError: for images that may not be passed on.
+        InputError: for perturbations that are masked by other images.
+    """
+    if f"{stage}/broken_x" not in kept:
+        return unmasked(clean, {name: kept[f"{stage}/broken_{name}"] for name in MASKED})
+    if not shareable:
+        raise IntegrityError(f"{COUNTS} holds images that may not be passed on; run it again with this version.")
+    return np.array(kept[f"{stage}/broken_x"])
 
 
 def rederive(record: Record, folder: Path) -> None:

@@ -64,7 +64,9 @@ def verify(
 
 def audit(
     record: Annotated[Path, typer.Argument(help="record.json, or the folder that holds it.")],
-    bundle: Annotated[Path, typer.Argument(help="Adversarial examples: safetensors with id (n,) and x_adv (n,c,h,w).")],
+    bundle: Annotated[
+        Path, typer.Argument(help="Adversarial examples: safetensors with id (n,), x_adv (n,c,h,w); or a record's.")
+    ],
     by: Annotated[str, typer.Option("--by", help="Who found them.")],
     note: Annotated[str, typer.Option("--note", help="How, in a line.")] = "",
     url: Annotated[str, typer.Option("--url", help="Where to read more.")] = "",

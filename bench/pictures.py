@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from assay.errors import InputError, IntegrityError
-from assay.perturbation import strongest
+from assay.perturbation import holds_images, ids_in, strongest
 from assay.record import BUNDLE, Record, write_atomically
 from assay.threat import parse_eps
 
@@ -180,13 +180,17 @@ def _validated(arrays: dict[str, NDArray[Any]]) -> Pictures:
 def _compare(pictures: Pictures, record: Record, folder: Path) -> None:
     """Raises where the adversarial images are not the record's own, or not around the clean ones."""
     ids = pictures.ids.tolist()
-    try:
-        kept = strongest(folder / BUNDLE, ids, pictures.clean)
-    except InputError as error:
-        raise _Unfit(str(error)) from error
-    for i, image, own in zip(ids, pictures.adversarial, kept, strict=True):
-        if not np.array_equal(own, image):
-            raise _Unfit(f"its adversarial example of sample {i} is not the one in {BUNDLE}")
+    if holds_images(folder / BUNDLE):
+        try:
+            kept = strongest(folder / BUNDLE, ids, lambda _: pictures.clean)
+        except InputError as error:
+            raise _Unfit(str(error)) from error
+        for i, image, own in zip(ids, pictures.adversarial, kept, strict=True):
+            if not np.array_equal(own, image):
+                raise _Unfit(f"its adversarial example of sample {i} is not the one in {BUNDLE}")
+    # What is masked takes all of the record's images to compare, which aren't here.
+    elif not set(ids) <= set(ids_in(folder / BUNDLE)):
+        raise _Unfit(f"it shows samples that {BUNDLE} doesn't hold")
     if not around(pictures.clean, pictures.adversarial, record):
         threat = record.board.threat
         raise _Unfit(f"a clean image is further than {threat.norm} {threat.eps} from its adversarial example")
@@ -205,7 +209,9 @@ def of_bundle(folder: Path, record: Record, held: Sequence[int], fallen: Sequenc
     known = originals(record, ids)
     if not ids or BUNDLE not in record.files or known is None:
         return None
-    adversarial = strongest(folder / BUNDLE, ids, known[0])
+    if not holds_images(folder / BUNDLE):
+        return None
+    adversarial = strongest(folder / BUNDLE, ids, lambda _: known[0])
     if not around(known[0], adversarial, record):
         return None
     flags = np.array([True] * len(held) + [False] * len(fallen))

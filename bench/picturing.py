@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from assay import data
 from assay.defense import Defense
@@ -60,7 +62,7 @@ def picture(folder: Path, record: Record, *, device: str = "cpu", trust: bool = 
         return None
     defense = at_hand(record, device=device, trust=trust)
     clean, labels = data.load(record.board.dataset, ids, device=device)
-    attacked = torch.from_numpy(strongest(folder / BUNDLE, ids, clean.cpu().numpy())).to(device)
+    attacked = torch.from_numpy(strongest(folder / BUNDLE, ids, partial(_images, record.board.dataset))).to(device)
     # The same draw for both images of a sample, whatever else is shown.
     noise = Noise.from_seed(record.provenance.seed, rows=len(ids)).child("pictures")
     answers, purified = [], []
@@ -78,6 +80,11 @@ def picture(folder: Path, record: Record, *, device: str = "cpu", trust: bool = 
         purified=torch.stack(purified).cpu().numpy() if purified else None,
         answers=torch.stack(answers).cpu().numpy(),
     )
+
+
+def _images(dataset: str, ids: Sequence[int]) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = data.load(dataset, ids)[0].numpy()
+    return found
 
 
 def at_hand(record: Record, *, device: str = "cpu", trust: bool = False) -> Defense:

@@ -174,7 +174,7 @@ class Record(Strict):
         certification: None where the defense doesn't certify or the board has no radii.
         outcome_sha256: the digest of everything that depends neither on the wall clock nor on the
             state of the checkout (the code has its own digest). Two runs of one plan on the same
-            hardware, interrupted or not, agree in it.
+            hardware with the same libraries, interrupted or not, agree in it.
         digest: the digest of the whole record, its own field left out.
     """
 
@@ -216,15 +216,19 @@ class Record(Strict):
         """
         import pandas as pd
 
-        if self._origin.folder is None or SAMPLES not in self.files:
-            why = "was not read from disk" if SAMPLES in self.files else "measured no samples"
-            raise InputError(f"the record of {self.defense.name} {why}, so it has no {SAMPLES}.")
-        return pd.read_parquet(_checked(self, SAMPLES, self._origin.folder), engine="pyarrow")
+        return pd.read_parquet(self.file(SAMPLES), engine="pyarrow")
 
-    @property
-    def folder(self) -> Path | None:
-        """Where it was read from; None for one that was made in memory."""
-        return self._origin.folder
+    def file(self, name: FileName) -> Path:
+        """A file of the record's, once it matches its digest.
+
+        Raises:
+            InputError: for a record that wasn't read from disk, or that measured no samples.
+            IntegrityError: where the file is missing or was changed.
+        """
+        if self._origin.folder is None or name not in self.files:
+            why = "was not read from disk" if name in self.files else "measured no samples"
+            raise InputError(f"the record of {self.defense.name} {why}, so it has no {name}.")
+        return _checked(self, name, self._origin.folder)
 
     @property
     def place(self) -> PurePosixPath:

@@ -231,17 +231,14 @@ class Target:
     def forward_graph(self, x: Tensor, noise: Noise) -> Tensor:
         """One draw with its graph, logits `(n, k)`, for foreign attacks that differentiate for themselves.
 
-        Not chunked. Such code drops rows without a word, so calls are spread evenly over the slots,
+        Not chunked, never of no image. Such code drops rows without a word, so calls are spread evenly over the slots,
         not charged to the samples that caused them; `noise` is n rows of any slots.
 
         Raises:
             ThreatViolation: in a black box.
         """
         self._white_box_only()
-        if not len(x):
-            # Such code may ask about no image; the defense is never asked.
-            return x.new_zeros(0, self.n_classes) + x.sum()
-        logits, _ = self._call(self.defense.draw, x, noise)
+        logits = self._call(self.defense.draw, x, noise)[0] if len(x) else x.new_zeros(0, self.n_classes) + x.sum()
         self.calls.forward += self._spread(len(x))
         if self._on_calls is not None:
             self._on_calls(len(x))

@@ -6,10 +6,10 @@ Its numbers follow from its examples, and only stronger examples say more (`assa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +20,13 @@ from assay import data
 from assay.audits import read_audits
 from assay.boards import Board, load_board
 from assay.bundles import Bundle, examine, read_bundle, read_regular, refuse_invalid
-from assay.certification import rederive
+from assay.certification import broken_examples, rederive
 from assay.certifying import stage_at
 from assay.digest import sha256_of_file
 from assay.errors import AssayError, InputError, IntegrityError
 from assay.job import FINAL
 from assay.leaderboards.samples import check_certification
 from assay.norms import TOLERANCE
-from assay.perturbation import MASKED, unmasked
 from assay.record import BUNDLE, COUNTS, RECORD, SAMPLES, Record, read_record
 from assay.recount import check_board, check_protocol, check_results, check_verdict, read_samples
 from assay.rescore import LEVEL, Counts, NotAtHandError, agreement, count_right, defense_of, draws_of, fresh
@@ -147,7 +146,7 @@ class _Verification:
         if kept["id"].tolist() != list(self.ids()) or kept["label"].tolist() != y.tolist():
             raise IntegrityError(f"{COUNTS}: its ids or labels are not those of the board's samples.")
         rederive(record, self.folder)
-        points = 0
+        shareable, attacked = data.describe(record.board.dataset).shareable, 0
         for radius, result in record.certification.radii.items():
             stage = stage_at(radius)
             if result.attacked is None:
@@ -156,10 +155,11 @@ class _Verification:
             if broken != np.flatnonzero(kept[f"{stage}/broken"]).tolist():
                 raise IntegrityError(f"{COUNTS}: at radius {radius} the examples are not of the samples that fell.")
             clean = x[broken].cpu()
-            found = examine(_examples(kept, stage, clean), clean, ThreatModel("l2", parse_eps(radius)))
+            points = from_numpy(broken_examples(kept, stage, clean.numpy(), shareable=shareable))
+            found = examine(points, clean, ThreatModel("l2", parse_eps(radius)))
             refuse_invalid(f"{COUNTS} at radius {radius}", [self.ids()[row] for row in broken], found)
-            points += len(broken)
-        return f"all counts; {points} examples inside their radii"
+            attacked += len(broken)
+        return f"all counts; {attacked} examples inside their radii"
 
     def look_at_examples(self) -> str:
         assert self.board is not None
@@ -170,6 +170,11 @@ class _Verification:
             raise IntegrityError(f"{BUNDLE} doesn't hold one image for each sample, in the board's order.")
         found = examine(bundle.images, x.cpu(), self.board.threat)
         refuse_invalid(BUNDLE, bundle.ids.tolist(), found)
+        if not (bundle.masked or data.describe(self.board.dataset).shareable):
+            raise IntegrityError(
+                f"{BUNDLE} holds images of {self.board.dataset}, which may not be passed on; run it again with this "
+                f"version, which masks them."
+            )
         self.bundle = bundle
         if self.norms is not None and not np.allclose(found.norms, self.norms, rtol=0, atol=TOLERANCE):
             row = int(np.abs(found.norms - self.norms).argmax())
@@ -266,14 +271,6 @@ def verify_record(
     elif record.results is not None:
         state.items.append(Item("scores", "skipped", "the defense was not asked for"))
     return Report(path, tuple(state.items))
-
-
-def _examples(kept: Mapping[str, NDArray[Any]], stage: str, clean: Tensor) -> Tensor:
-    """The examples of a certified radius, of the images `clean`: as they are kept, or unmasked with them."""
-    if f"{stage}/broken_x" in kept:
-        return from_numpy(np.array(kept[f"{stage}/broken_x"]))
-    hidden = {name: kept[f"{stage}/broken_{name}"] for name in MASKED}
-    return from_numpy(unmasked(clean.numpy(), hidden, kept[f"{stage}/broken_id"]))
 
 
 def _item(name: str, check: Callable[[], str]) -> Item:

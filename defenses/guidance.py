@@ -86,8 +86,8 @@ class _Operations(TorchDispatchMode):
 def has_kinks(network: Callable[[Tensor], Tensor], x: Tensor) -> bool:
     """Whether the gradient of what `network` makes of `x (n, c, h, w)` jumps, as that of a network of ReLUs does.
 
-    A process guided by such a gradient moves in jumps: what autograd gives of it is its slope between two jumps, and
-    not how it changes.
+    A process that such a gradient moves far moves in jumps: what autograd gives of it is its slope between two jumps,
+    and not how it changes. (The pull of `robust_guidance` is too faint for its check to see any.)
     """
     with _Operations() as seen:
         network(x)
