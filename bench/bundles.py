@@ -176,11 +176,11 @@ def _check_header(path: Path, header: dict[str, Any], most: int, shape: tuple[in
             raise InputError(f"{path}: {name} has dtype {str(entry.get('dtype'))[:20]}, expected {dtype}.")
         shapes[name] = entry.get("shape")
     n = shapes["id"][0] if isinstance(shapes["id"], list) and len(shapes["id"]) == 1 else None
-    fits = {"x_adv": [n, *shape], "digest": [DIGEST]}
-    if form is MASKED:
-        bytes_ = shapes["masked"]
-        fits["masked"] = bytes_ if isinstance(bytes_, list) and len(bytes_) == 1 else ["m"]
-    if not isinstance(n, int) or any(shapes[name] != fits[name] for name in form):
+    fits: dict[str, Any] = {"x_adv": [n, *shape], "digest": [DIGEST]}
+    size = shapes.get("masked")
+    if isinstance(size, list) and len(size) == 1:
+        fits["masked"] = size  # as many bytes as it likes
+    if not isinstance(n, int) or any(shapes[name] != fits.get(name, ()) for name in form):
         named = ", ".join(f"{name} {str(shapes[name])[:60]}" for name in form)
         expected = f"[n, {', '.join(map(str, shape))}]" if form is PLAIN else f"[m] and [{DIGEST}]"
         raise InputError(f"{path}: id has shape {str(shapes['id'])[:60]} and {named}; expected [n] and {expected}.")

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 import assay
 from assay import data, protocol
 from assay.auditing import audit
+from assay.certification import broken_examples
 from assay.defense import DefenseSpec
 from assay.errors import InputError, IntegrityError
 from assay.perturbation import MASKED, bundle_bytes, ids_in, masked, most_bytes, strongest, unmasked
@@ -197,6 +198,14 @@ def test_the_examples_of_certified_radii_are_kept_so_too(folder: Path, tmp_path:
     report = verify_record(run, leaderboards=folder)
     assert {item.name: item.status for item in report.items}["certified"] == "ok"
     assert report.ok
+
+
+def test_images_that_fell_at_a_radius_are_refused_where_they_may_not_be_passed_on() -> None:
+    x = small()
+    shown = {"radius-1/broken_x": x}
+    np.testing.assert_array_equal(broken_examples(shown, "radius-1", x, shareable=True), x)
+    with pytest.raises(IntegrityError, match="may not be passed on"):
+        broken_examples(shown, "radius-1", x, shareable=False)
 
 
 @pytest.mark.parametrize("form", ["images", "masked"])
